@@ -1,0 +1,53 @@
+# The commands of this project. `make` alone lists them.
+VENV ?= .venv
+PYTHON ?= python3
+# Where a build of torch without CUDA is looked for; empty on a machine with an NVIDIA GPU. Other indexes stay in use.
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+PYTEST = pytest -n 2 -p no:benchmark
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export OMP_NUM_THREADS = 1
+
+.PHONY: help install quickstart test test-slow gpu lint format clean
+
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## install into .venv, with the versions of constraints.txt
+
+# torch comes first and alone, from one try at TORCH_INDEX: out of reach it is skipped with a warning.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install -q --no-deps --retries 0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch
+	pip install -q -c constraints.txt -e ".[test]"
+	@touch $@
+
+quickstart: install ## FedAvg and FeDepth under four memory budgets, on embedded images
+	snakemake --profile profiles/local --config study=workflows/studies/quickstart.yaml
+	@fedpipe show results/quickstart
+	@echo "report: results/quickstart/report.html"
+
+test: install lint ## every check that needs neither a GPU nor patience
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: install ## real data, kills, whole studies; reads FEDPIPE_DATA where it is set
+	$(PYTEST) -m "slow and not gpu"
+
+gpu: install ## kernels and training on a CUDA device
+	pytest -m gpu
+
+lint: install ## style, types, workflow
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check Snakefile workflows/rules
+	pytest -q -m "not slow" tests/test_workflow.py -k lint
+
+format: install ## rewrite in the project's style; export the study files' schema
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile workflows/rules
+	fedpipe schema > workflows/schemas/study.schema.json
+
+clean: ## remove caches and build outputs; results/ and .venv stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

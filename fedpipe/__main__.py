@@ -1,0 +1,96 @@
+"""The command line: `fedpipe run STUDY` in one process, and every step, whose options are its `run`'s own signature."""
+
+import argparse
+import importlib
+import inspect
+import sys
+import types
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from fedpipe.errors import FedpipeError
+from fedpipe.steps import STEPS
+
+
+def _step_options(parser: argparse.ArgumentParser, run: Any) -> None:
+    for name, p in inspect.signature(run).parameters.items():
+        kind, several = p.annotation, get_origin(p.annotation) is list
+        if get_origin(kind) in (list, types.UnionType):
+            kind = get_args(kind)[0]
+        needed = p.default is inspect.Parameter.empty
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, required=needed,
+                            nargs="*" if several else None, default=None if needed else p.default)  # fmt: skip
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedpipe", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+    study = commands.add_parser("run", help="run a study in this process")
+    study.add_argument("study", type=Path)
+    study.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="local.epochs=2 ...")
+    study.add_argument(
+        "--methods", type=lambda t: t.split(","), default=None, metavar="a,b", help="instead of the study's"
+    )
+    study.add_argument("--out", type=Path, default=None, help="results folder; default results/<name>")
+    study.add_argument("--segment", type=int, default=20, help="rounds between files (changes no bit)")
+    digest = commands.add_parser("digest", help="one digest over all results of a study's folder")
+    digest.add_argument("out", type=Path)
+    commands.add_parser("schema", help="print the JSON schema of study files")
+    show = commands.add_parser("show", help="print the final table")
+    show.add_argument("out", type=Path)
+    for name in STEPS:
+        # only the chosen step is imported: torch costs seconds that `fedpipe table` need not pay
+        step = commands.add_parser(name, help=f"step {name}: a function of files")
+        if name in argv:
+            _step_options(step, importlib.import_module(f"fedpipe.steps.{name}").run)
+    return parser
+
+
+def _dispatch(args: argparse.Namespace) -> None:
+    options = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
+    if args.command in STEPS:
+        importlib.import_module(f"fedpipe.steps.{args.command}").run(**options)
+    elif args.command == "run":
+        from fedpipe.local import run_study
+
+        run_study(args.study, args.set, args.methods, args.out, args.segment)
+    elif args.command == "digest":
+        from fedpipe.fingerprint import fingerprint
+
+        print(fingerprint(args.out))
+    elif args.command == "schema":
+        from fedpipe.schema import schema_text
+
+        print(schema_text(), end="")
+    else:
+        from fedpipe.terminal import print_table
+
+        print_table(args.out / "table.parquet")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a FedpipeError is one line on standard error and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    argv = [a for a in argv if a != "--debug"]
+    try:
+        _dispatch(_parser(argv).parse_args(argv))
+    except FedpipeError as e:
+        if debug:
+            raise
+        print(f"fedpipe: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedpipe: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as e:
+        if debug:
+            raise
+        print(f"fedpipe: error: {e.filename or 'file system'}: {e.strerror or e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What hooks are given: frozen views of the study, the round and the model. Nothing here decides anything."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fedpipe.config import Local
+from fedpipe.rng import rng
+from fedpipe.types import Phase, Plan, Row, Tensors, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedpipe.models.chain import Chain
+
+
+@dataclass(frozen=True)
+class Ctx:
+    """Context of a hook. `client` is None inside per-step hooks, where a stack of clients is one call."""
+
+    h: dict[str, Any]
+    seed: int
+    clients: int  # in the study
+    classes: int
+    round: int = 0
+    client: int | None = None
+    phase: Phase | None = None
+    role: str = "train"  # train | eval | server
+    lr: float = 0.0  # of this round and phase
+    steps: int = 0  # of this client: in the phase inside steps, in the round at `end`
+    samples: int = 0
+    chain: "Chain | None" = field(default=None, repr=False)
+
+    def forward(self, at: Tensors, x: "Tensor", prefix: str = "model/") -> "tuple[Tensor, Tensors]":
+        """Logits of the model named by `prefix` on x [n, ...], and the buffers it changed (running statistics)."""
+        import torch
+
+        chain = self.chain
+        assert chain is not None, "this context has no model"
+        if chain.training != (self.role == "train"):
+            chain.train(self.role == "train")
+        values = {n: at[prefix + n] for n in chain.tensor_names}
+        buffers = {n: values[n].clone() for n in chain.buffer_names} if self.role == "train" else {}
+        upto = self.phase.upto if self.phase else None
+        z = torch.func.functional_call(chain, {**values, **buffers}, (x,), {"upto": upto})
+        return z, {prefix + n: b for n, b in buffers.items()}
+
+    def apply(self, at: Tensors, x: "Tensor", prefix: str = "model/") -> "Tensor":
+        """Logits [n, classes] of the model named by `prefix`; changed buffers are dropped."""
+        return self.forward(at, x, prefix)[0]
+
+    def task(self, logits: "Tensor", batch: Tensors) -> "Tensor":
+        """Cross-entropy over the batch, weighted by `batch["w"]` (which sums to 1)."""
+        import torch
+
+        each = torch.nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+        return (each * batch["w"]).sum()
+
+    def rng(self, purpose: str) -> Any:
+        return rng(self.seed, self.round, self.client, purpose)
+
+
+@dataclass(frozen=True)
+class PlanCtx:
+    """Context of `plan` and `finish`: the client's row, the model's units, and the bytes of any plan."""
+
+    row: Row
+    h: dict[str, Any]
+    local: Local
+    rounds: int
+    names: tuple[str, ...]  # stem, units in order, head
+    predict: Callable[[Plan], list[int]] = field(repr=False)  # peak bytes of each phase
+    window: Callable[[dict[str, Any]], tuple[Window, ...]] = field(repr=False)
+    margin: float = 0.0
+    at_round: int | None = None
+    refused: list[int] = field(default_factory=list, repr=False)  # bytes of the plans that did not fit
+
+    @property
+    def stem(self) -> str:
+        return self.names[0]
+
+    @property
+    def head(self) -> str:
+        return self.names[-1]
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return self.names[1:-1]
+
+    @property
+    def round(self) -> int:
+        assert self.at_round is not None, "a plan that reads ctx.round belongs to a method with by_round=True"
+        return self.at_round
+
+    def tensors(self, *units: str) -> tuple[str, ...]:
+        """Patterns of the tensors of units: `model/b1.*`."""
+        return tuple(f"model/{u}.*" for u in units)
+
+    def windows(self, **build: Any) -> tuple[Window, ...]:
+        """What part of each tensor the model built with these keywords holds (`width=0.5`)."""
+        return self.window(build)
+
+    def needs(self, plan: Plan) -> int:
+        """Bytes a budget must have for this plan: its predicted peak plus the study's margin."""
+        return with_margin(max(self.predict(plan)), self.margin)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the plan's predicted peak plus margin stays within the row's budget."""
+        if self.row.budget is None or self.needs(plan) <= self.row.budget:
+            return True
+        self.refused.append(self.needs(plan))
+        return False
+
+    def if_fits(self, plan: Plan) -> Plan | None:
+        return plan if self.fits(plan) else None
+
+
+def with_margin(peak: int, margin: float) -> int:
+    return int(peak * (1 + margin)) + 1 if margin else peak
+
+
+@dataclass(frozen=True)
+class RouteCtx:
+    """Context of `route`: counts, the cohort's draw, and who takes part."""
+
+    seed: int
+    rounds: int
+    clients: int
+    size: int  # of the cohort
+
+    def cohort(self, round: int) -> Iterable[int]:
+        """Clients of a round, drawn from all clients without replacement, in ascending order."""
+        chosen = rng(self.seed, round, None, "cohort").choice(self.clients, self.size, replace=False)
+        return sorted(int(i) for i in chosen)

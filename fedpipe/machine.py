@@ -1,0 +1,50 @@
+"""The machine a job runs on: its threads, and the platform on which equal bytes are promised."""
+
+import os
+
+import numpy as np
+
+from fedpipe.config import Run
+from fedpipe.errors import FedpipeError
+
+
+def device(run: Run) -> str:
+    """`cuda` or `cpu`: what the study asks for, or what is there."""
+    import torch
+
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise FedpipeError("device: the study wants cuda, this machine has none")
+    return run.device if run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare(run: Run) -> None:
+    """Set what changes bits: the stated thread count and deterministic algorithms."""
+    import torch
+
+    torch.set_num_threads(run.threads)
+    if device(run) == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def describe(run: Run) -> str:
+    """One line naming everything that decides bits: torch, device, CPU capability, threads, precision."""
+    import torch
+
+    kind = device(run)
+    what = torch.cuda.get_device_name() if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
+    versions = f"torch {torch.__version__}, numpy {np.__version__}"
+    return f"{versions}, {kind} {what}, onednn {isa}, threads {run.threads}, {run.precision}"
+
+
+def check(run: Run, recorded: str) -> None:
+    """Refuse to go on with states made on another platform, unless the study says `platform: any`."""
+    here = describe(run)
+    if recorded != here and run.platform != "any":
+        raise FedpipeError(
+            f"platform: state 0 was made on [{recorded}], this job runs on [{here}]; other bits would result "
+            "(set platform: any to go on, marked in the table)"
+        )

@@ -1,0 +1,40 @@
+"""Enforcement: a witness's measured peak against its budget, phase by phase."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from fedpipe.errors import FedpipeError
+from fedpipe.memory.measure import Peak
+
+
+def mib(count: int | None) -> str:
+    return "no limit" if count is None else f"{count / 2**20:.2f} MiB"
+
+
+class Witness:
+    """Measures each phase of one client's training; `enforce` raises when a measured peak is over the budget."""
+
+    def __init__(self, client: int, round: int, plan: str, predicted: list[int], budget: int | None):
+        self.client, self.round, self.plan = client, round, plan
+        self.predicted, self.budget = predicted, budget
+        self.rows: list[dict[str, Any]] = []
+
+    @contextmanager
+    def phase(self, index: int, held: list[Tensor]) -> Iterator[None]:
+        with Peak(held) as peak:
+            yield
+        self.rows.append(
+            {"round": self.round, "client": self.client, "plan": self.plan, "phase": index}
+            | {"predicted": self.predicted[index], "measured": peak.bytes, "budget": self.budget}
+        )
+
+    def enforce(self) -> None:
+        for r in self.rows:
+            if self.budget is not None and r["measured"] > self.budget:
+                raise FedpipeError(
+                    f"client {self.client}, round {self.round}, phase {r['phase']}: measured peak {mib(r['measured'])} "
+                    f"is over its budget of {mib(self.budget)} (predicted {mib(r['predicted'])}); raise margin"
+                )

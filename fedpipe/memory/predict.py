@@ -1,0 +1,159 @@
+"""The peak memory of code, from running it on fake tensors: shapes and lifetimes are real, nothing is computed or held.
+
+Counted are the storages of all tensors alive, each once, from its making until its last reference dies, and what a
+convolution allocates for itself while it runs on a CPU (`workspace`). Not counted: temporaries inside other
+operations, libraries that do not use torch's allocator, Python's own objects. On CUDA sizes are rounded up to the
+allocator's 512 bytes, and workspaces of cuBLAS and cuDNN are not counted.
+
+Against the allocator's records on a CPU (AVX-512, one thread): steps of PreResNet-20 with batches of 8 to 128 of 16x16
+and 32x32 images, widths 1 to 0.165, whole or single blocks, SGD with momentum and AdamW, are predicted to the byte but
+for up to +4 % with batches of 8 and fewer. Two threads take up to 0.4 % more than predicted there; AVX2 takes less, in
+single narrow blocks by a quarter.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from fedpipe.errors import FedpipeError
+from fedpipe.memory.workspace import workspace
+from fedpipe.types import Tensors
+
+
+def _bytes(storage: torch.UntypedStorage) -> int:
+    size = storage.nbytes()
+    return -(-size // 512) * 512 if storage.device.type == "cuda" else size
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages of tensors, real or fake."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({s._cdata: _bytes(s) for s in storages}.values())
+
+
+@dataclass
+class Span:
+    """Peak bytes of a block of code: what is held before it, and the largest rise above that. Final at its end."""
+
+    bytes: int
+
+
+class _Live(TorchDispatchMode):
+    """Adds up the storages that operations make, takes them away when they die, and remembers the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, _bytes(storage)
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.now
+        try:
+            out = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if isinstance(args[0], FakeTensor):
+                return 1  # so that a loop that asks whether its loss is finite goes on
+            with _disable_current_modes():
+                return func(*args)
+        except DynamicOutputShapeException:
+            raise FedpipeError(
+                f"memory: {func} makes a tensor whose size depends on values, so no peak can be predicted"
+            ) from None
+        self.peak = max(self.peak, before + workspace(func, args, out))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.add(t)
+        return out
+
+
+class Trace:
+    """A context in which every operation runs on fake tensors and the bytes alive are counted.
+
+    with Trace() as trace:
+        at = trace.fake(tensors)                       # same shapes, dtypes and strides; count from here on
+        with trace.span(at.values()) as phase:         # peak of a part: held before + largest rise
+            train(at, batch=torch.empty(32, 3, 16, 16))
+    trace.peak, phase.bytes
+
+    Scalars read from fake tensors (`item`, truth) are 1. Real tensors used inside are taken as fake ones and not
+    counted. Raises FedpipeError where the size of a tensor depends on values.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._live = _Live()
+        self._stack = ExitStack()
+
+    @property
+    def peak(self) -> int:
+        """Largest number of bytes alive so far."""
+        return self._live.peak
+
+    @property
+    def now(self) -> int:
+        """Bytes alive now."""
+        return self._live.now
+
+    def __enter__(self) -> Self:
+        # cycles are not collected inside: when that happens depends on what the process did before
+        gc.collect()
+        if gc.isenabled():
+            gc.disable()
+            self._stack.callback(gc.enable)
+        self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._stack.enter_context(self._live)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def fake(self, tensors: Tensors) -> Tensors:
+        """Fake tensors of the shapes, strides and dtypes of real (or meta) ones; views become tensors of their own."""
+        return {
+            n: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=self.device) for n, t in tensors.items()
+        }
+
+    @contextmanager
+    def span(self, held: Iterable[Tensor] = ()) -> Iterator[Span]:
+        """The peak of the block: bytes of `held`, tensors that exist before it, and the largest rise inside it."""
+        live, span = self._live, Span(tensor_bytes(held))
+        outer, start = live.peak, live.now
+        live.peak = start
+        try:
+            yield span
+        finally:
+            span.bytes += live.peak - start
+            live.peak = max(outer, live.peak)
+
+
+def traced_peak(fn: Callable[[Tensors], Any], tensors: Tensors) -> int:
+    """Peak bytes of fn(tensors), the tensors included; fn gets fake ones and makes its batches by `torch.empty`."""
+    with Trace() as trace:
+        fn(trace.fake(tensors))
+    return trace.peak

@@ -1,0 +1,80 @@
+"""Predicted bytes of plans: the real training loop of the method, run under fake tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import torch
+
+from fedpipe.client import Client
+from fedpipe.memory.predict import Span, Trace
+from fedpipe.plans import key
+from fedpipe.types import Batch, Phase, Plan, Tensors
+
+if TYPE_CHECKING:
+    from fedpipe.runtime import Runtime
+
+STEPS = 2  # the second step holds the optimizer's state
+
+
+class Predictor:
+    """Peak bytes of each phase of a plan for a client with full batches. Phases are traced once and remembered."""
+
+    def __init__(self, runtime: "Runtime"):
+        self.runtime = runtime
+        self.known: dict[str, int] = {}
+
+    def peaks(self, plan: Plan) -> list[int]:
+        return [self._phase(replace(plan, phases=(phase,))) for phase in plan.phases]
+
+    def remember(self, predictions: pa.Table) -> dict[float, int]:
+        """Take the peaks of `prediction.parquet`; returns the bytes of the widths budgets are named after."""
+        rows = predictions.to_pylist()
+        self.known |= {r["candidate"]: r["peak"] for r in rows if r["kind"] == "candidate"}
+        return {r["width"]: r["peak"] for r in rows if r["kind"] == "budget"}
+
+    def _phase(self, plan: Plan) -> int:
+        name = candidate(plan)
+        if name not in self.known:
+            self.known[name] = self._trace(plan)
+        return self.known[name]
+
+    def _trace(self, plan: Plan) -> int:
+        rt = self.runtime
+        size, shape = rt.run.local.batch, rt.data.shape
+
+        def load(rows: None, size: int) -> Batch:
+            x = torch.empty(size, *shape, dtype=rt.dtype)
+            return {"x": x, "y": torch.zeros(size, dtype=torch.long), "w": torch.empty(size, dtype=rt.dtype)}
+
+        rt.chain(plan)  # built before the trace, of real values
+        received = rt.received(plan, rt.state0)
+        spans: list[Span] = []
+
+        @contextmanager
+        def probe(index: int, held: list[torch.Tensor]) -> Iterator[None]:
+            with trace.span(held) as span:
+                yield
+            spans.append(span)
+
+        with Trace() as trace:
+            at: Tensors = trace.fake(received)
+            client = Client(
+                ctx=rt.ctx(client=0, samples=size),
+                at=at,
+                batches=lambda phase, index: [range(size)] * STEPS,
+                load=load,
+                noise=lambda index: rt.ctx(client=0).rng("trace"),
+            )
+            del at
+            rt.loop(probe).train([client], plan)
+        return spans[0].bytes
+
+
+def candidate(plan: Plan) -> str:
+    """What the bytes of a one-phase plan depend on, as canonical text."""
+    (phase,) = plan.phases
+    bare = Phase(live=phase.live, upto=phase.upto)
+    return key(replace(plan, phases=(bare,), up=(), weight="", reply=plan.reply))

@@ -1,0 +1,94 @@
+"""What a convolution allocates for itself while it runs on a CPU, as the allocator's records show it.
+
+float32 by oneDNN: the operands are copied into blocks of channels, the result is made in blocks and copied out; the
+gradient of the input is made first and held while that of the weight is made. The rules below are those of AVX-512
+(blocks of 16 channels, 8 for the weight's gradient of narrow layers); AVX2 has blocks of 8 and takes no more. Where
+torch takes its own convolution (float64, single images, few 1x1 filters) it unfolds the columns of the whole batch
+into one matrix.
+"""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+BLOCK, HALF = 16, 8
+STRIDED = 53_272  # bytes of scratch seen at most for the gradient of a strided convolution's input
+PLAIN = 3  # channels up to which the weight's gradient reads images as they are
+
+
+def workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
+    """Peak bytes, results included, that operation `func` allocates while it runs; 0 where only its results count."""
+    if func is aten.convolution.default:
+        x, w, bias, *geometry, groups = args
+        if x.device.type != "cpu":
+            return 0
+        if _onednn(x, w, bias, geometry, groups):
+            return _onednn_forward(x, w, out, geometry, groups)
+        return (2 if groups > 1 else 1) * out.nbytes + _columns(x, w, out, groups)
+    if func is aten.convolution_backward.default:
+        grad, x, w, _, *geometry, groups, mask = args
+        if x.device.type != "cpu":
+            return 0
+        if _onednn(x, w, None, geometry, groups):
+            return _onednn_backward(x, w, grad, geometry, groups, mask)
+        made = (x.nbytes if mask[0] else 0) + (w.nbytes if mask[1] else 0)
+        return (2 if groups > 1 else 1) * made + _columns(x, w, grad, groups)
+    return 0
+
+
+def _onednn(x: Tensor, w: Tensor, bias: Tensor | None, geometry: list[Any], groups: int) -> bool:
+    return torch._C._select_conv_backend(x, w, bias, *geometry, groups).name.startswith("Mkldnn")
+
+
+def _fill(count: int, block: int = BLOCK) -> int:
+    return -(-count // block) * block
+
+
+def _blocked(t: Tensor, block: int = BLOCK) -> int:
+    """Bytes of [N, C, ...] with the channels filled up to whole blocks."""
+    return t.shape[0] * _fill(t.shape[1], block) * prod(t.shape[2:]) * t.element_size()
+
+
+def _blocked_weight(w: Tensor, groups: int) -> int:
+    return groups * _fill(w.shape[0] // groups) * _fill(w.shape[1]) * prod(w.shape[2:]) * w.element_size()
+
+
+def _gathered(x: Tensor, w: Tensor, out: Tensor, geometry: list[Any]) -> int:
+    """A strided 1x1 filter gathers the pixels of one image that it reads."""
+    strided = prod(w.shape[2:]) == 1 and max(geometry[0]) > 1
+    return prod(out.shape[2:]) * _fill(x.shape[1]) * x.element_size() + 128 if strided else 0
+
+
+def _onednn_forward(x: Tensor, w: Tensor, out: Tensor, geometry: list[Any], groups: int) -> int:
+    as_is = groups == 1 and x.shape[1] < BLOCK and prod(w.shape[2:]) > 1
+    read = 0 if as_is else _blocked(x)
+    made = _blocked(out)
+    return _gathered(x, w, out, geometry) + made + max(read + _blocked_weight(w, groups), out.nbytes)
+
+
+def _onednn_backward(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], groups: int, mask: list[bool]) -> int:
+    weight, kept = _blocked_weight(w, groups), x.nbytes if mask[0] else 0
+    to_x = to_w = 0
+    if mask[0]:
+        strided = max(geometry[0]) > 1
+        made = x.nbytes if strided else _blocked(x)
+        read = grad.nbytes + STRIDED if strided else _blocked(grad)
+        to_x = max(read + weight + made, (1 + strided) * made + kept)
+    if mask[1]:
+        filters, (out, inward) = prod(w.shape[2:]) > 1 and groups == 1, w.shape[:2]
+        narrow = filters and PLAIN < inward <= HALF
+        read = 0 if filters and inward <= PLAIN else _blocked(x, HALF if narrow else BLOCK)
+        read += _blocked(grad, HALF if narrow and out <= HALF else BLOCK)
+        to_w = kept + max(read + weight + _gathered(x, w, grad, geometry), weight + w.nbytes)
+    return max(to_x, to_w)
+
+
+def _columns(x: Tensor, w: Tensor, out: Tensor, groups: int) -> int:
+    """Bytes of the unfolded columns of one group, and of that group's images and results where there are several."""
+    if groups == 1 and prod(w.shape[2:]) == 1 and x.shape[2:] == out.shape[2:]:
+        return 0  # the images are their own columns
+    columns = x.shape[0] * prod(w.shape[1:]) * prod(out.shape[2:]) * x.element_size()
+    return columns + (x.nbytes + out.nbytes) // groups if groups > 1 else columns

@@ -1,0 +1,22 @@
+"""HeteroFL. Diao, Ding and Tarokh, ICLR 2021. https://arxiv.org/abs/2010.01264
+
+A client trains the first ceil(r C) channels of every layer, r the largest of `widths` whose predicted peak its budget
+holds; the server takes the unweighted mean of each entry over the clients that hold it, and keeps the entries nobody
+holds. With `scaler`, activations are divided by r before each norm while training. Full width is FedAvg (uniform).
+"""
+
+from fedpipe.context import PlanCtx
+from fedpipe.types import Method, Plan
+
+
+def plan(ctx: PlanCtx) -> Plan | None:
+    for r in sorted(ctx.h["widths"], reverse=True):
+        scale = {"scale": r} if ctx.h["scaler"] and r < 1 else {}
+        build = {"width": r, **scale} if r < 1 else {}
+        slim = Plan(index=ctx.windows(**build), model=tuple(build.items()), weight="one")
+        if ctx.fits(slim):
+            return slim
+    return None
+
+
+method = Method(name="heterofl", h={"widths": [1.0, 0.5, 0.25, 0.125, 0.0625], "scaler": True}, plan=plan)

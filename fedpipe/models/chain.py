@@ -1,0 +1,181 @@
+"""A model is a chain of named units: a stem, units, a head. It can stop early: the features of any unit reach the head
+through a link without parameters (FeDepth, arXiv 2303.04887, section 3: the skip connection with zero padding)."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpipe.config import ModelSpec
+from fedpipe.errors import FedpipeError
+from fedpipe.models import REGISTRY
+from fedpipe.seeding import seeded
+from fedpipe.types import Window
+from fedpipe.userfile import load_attribute
+
+Units = Sequence[tuple[str, nn.Module]]
+Shape = tuple[int, int, int]
+
+
+class Chain(nn.Module):
+    """Named modules run in order: the first is the stem, the last the head. Parameters are named `<unit>.<parameter>`.
+
+    `shape` is one image's (channels, height, width). `names` holds all units in order, `tensor_names` the parameters
+    and buffers of the state, `buffer_names` the buffers alone; `features` is one sample's shape at the head's input.
+    Raises FedpipeError for unit names that are not distinct identifiers, or fewer than two units.
+    """
+
+    def __init__(self, units: Units, shape: Shape) -> None:
+        super().__init__()
+        self.names = tuple(name for name, _ in units)
+        self.shape = tuple(shape)
+        if len(units) < 2:
+            raise FedpipeError("a model needs a stem and a head at least, as [(name, module), ...]")
+        for name, module in units:
+            if not name.isidentifier() or hasattr(self, name):
+                raise FedpipeError(
+                    f"unit name {name!r}: wanted distinct names of letters, digits and _, none of torch's own"
+                )
+            self.add_module(name, module)
+        self.tensor_names = tuple(self.state_dict())
+        self.buffer_names = tuple(n for n, _ in self.named_buffers() if n in self.tensor_names)
+        self.features = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, ...]:
+        """The shape of one sample at the head's input, from two zero images in evaluation mode."""
+        at = next((p.device for p in self.parameters()), torch.device("cpu"))
+        modes = {m: m.training for m in self.modules()}
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        self.eval()
+        x = torch.zeros(2, *self.shape, device=at, dtype=dtype)
+        name = self.names[0]
+        try:
+            with seeded(0):
+                for name in self.names[:-1]:
+                    x = self._modules[name](x)  # type: ignore[misc]
+        except (RuntimeError, ValueError) as e:
+            raise FedpipeError(f"unit {name} does not take the output before it: {' '.join(str(e).split())}") from e
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return tuple(x.shape[1:])
+
+    def forward(self, x: Tensor, upto: str | None = None) -> Tensor:
+        """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run)."""
+        if upto is not None and upto not in self.names:
+            raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
+        name = self.names[0]
+        for name in self.names[:-1]:
+            x = self._modules[name](x)  # type: ignore[misc]
+            if name == upto:
+                break
+        return self._modules[self.names[-1]](self.link(x, name))  # type: ignore[misc]
+
+    def link(self, x: Tensor, unit: str) -> Tensor:
+        """Bring the output of `unit` to the head's input shape without parameters.
+
+        Feature maps [batch, C, H, W] keep every k-th pixel; channels, as features [batch, C], are padded with zeros:
+        half of what is missing before, the rest after. Raises FedpipeError where no such map exists.
+        """
+        have, want = tuple(x.shape[1:]), self.features
+        if have == want:
+            return x
+        fits = len(have) == len(want) and len(have) in (1, 3) and have[0] <= want[0]
+        if not fits or any(h % w for h, w in zip(have[1:], want[1:], strict=True)):
+            raise FedpipeError(
+                f"unit {unit}: its output {list(have)} cannot be linked to the head's input {list(want)}"
+            )
+        before = (want[0] - have[0]) // 2
+        after = want[0] - have[0] - before
+        if len(have) == 1:
+            return F.pad(x, (before, after))
+        return F.pad(x[..., :: have[1] // want[1], :: have[2] // want[2]], (0, 0, 0, 0, before, after))
+
+
+def _builder(name: str) -> Callable[..., Any]:
+    if name in REGISTRY:
+        module, _, function = REGISTRY[name].partition(":")
+        return getattr(importlib.import_module(module), function)
+    if ".py" not in name:
+        raise FedpipeError(f"model {name}: unknown; known are {', '.join(sorted(REGISTRY))}, or ./file.py:function")
+    found = load_attribute(name, "function")
+    if not callable(found):
+        raise FedpipeError(f"model {name}: wanted a function (shape, classes, ...), found {type(found).__name__}")
+    return found
+
+
+def load(spec: ModelSpec, shape: Shape, classes: int, **extra: Any) -> Chain:
+    """Build the named network, or that of a user's file, for images `shape` = (C, H, W).
+
+    A builder is `net(shape, classes, **settings)` and returns [(unit name, module), ...] or a Chain; `extra` (width,
+    scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
+    Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
+    """
+    build, settings = _builder(spec.name), {**(spec.model_extra or {}), **extra}
+    parameters = inspect.signature(build).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in settings:
+            if key not in parameters:
+                raise FedpipeError(
+                    f"model {spec.name} takes no {key}; it takes {', '.join(list(parameters)[2:]) or 'none'}"
+                )
+    try:
+        inspect.signature(build).bind(shape, classes, **settings)
+    except TypeError as e:
+        raise FedpipeError(f"model {spec.name}: {e}; wanted a function (shape, classes, ...)") from None
+    units = build(shape, classes, **settings)
+    if isinstance(units, Chain):
+        return units
+    listed = isinstance(units, list | tuple) and all(isinstance(u, tuple) and len(u) == 2 for u in units)
+    if not listed or not all(isinstance(n, str) and isinstance(m, nn.Module) for n, m in units):
+        raise FedpipeError(
+            f"model {spec.name}: wanted [(unit name, module), ...] or a Chain, got {type(units).__name__}"
+        )
+    return Chain(units, shape)
+
+
+def windows(full: Chain, slim: Chain) -> tuple[Window, ...]:
+    """What part of each tensor of `full` the narrower `slim` holds: the first entries of each differing dimension.
+
+    Raises FedpipeError when the two have other tensors, or slim's are larger.
+    """
+    whole, part = full.state_dict(), slim.state_dict()
+    if other := sorted(whole.keys() ^ part.keys()):
+        raise FedpipeError(f"model/{other[0]}: only one of the full and the narrow model has it")
+    found = []
+    for name, t in part.items():
+        big = whole[name].shape
+        if t.dim() != len(big) or any(s > b for s, b in zip(t.shape, big, strict=True)):
+            raise FedpipeError(f"model/{name}: {list(t.shape)} is no part of the full model's {list(big)}")
+        found += [Window(f"model/{name}", d, 0, s) for d, s in enumerate(t.shape) if s != big[d]]
+    return tuple(found)
+
+
+@torch.no_grad()
+def draws(chain: Chain) -> bool:
+    """Whether a training forward draws random numbers by itself (dropout and its kin), found by running one."""
+    zeros = {n: torch.zeros_like(t, device="cpu") for n, t in [*chain.named_parameters(), *chain.named_buffers()]}
+    dtype = next((t.dtype for t in zeros.values() if t.is_floating_point()), torch.float32)
+    mode = chain.training
+    chain.train()
+    with seeded(0):
+        before = torch.default_generator.get_state()
+        torch.func.functional_call(chain, zeros, (torch.zeros(2, *chain.shape, dtype=dtype),))
+        moved = not torch.equal(before, torch.default_generator.get_state())
+    chain.train(mode)
+    return moved
+
+
+def batch_coupled(chain: Chain) -> bool:
+    """Whether rows of a batch influence each other: batch normalisation with statistics of the batch."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in chain.modules())
+
+
+def has_conv(chain: Chain) -> bool:
+    """Whether the chain convolves: batching models of many clients then becomes a grouped convolution."""
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in chain.modules())

@@ -1,0 +1,108 @@
+"""PreResNet-20 as FeDepth trains it (arXiv 2303.04887 and its published code), in widths as HeteroFL slices them.
+
+The identity shortcut adds h = relu(norm1(x)), not x, and the stem's norm has no ReLU: both as in the published code.
+Batch norms are affine and use the statistics of the batch in training and in evaluation.
+"""
+
+import math
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpipe.errors import FedpipeError
+
+Norm = Literal["batch", "group"]
+
+
+class Scaler(nn.Module):
+    """Divides activations by a narrow model's width rate, in training only (HeteroFL, arXiv 2010.01264)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.rate if self.training and self.rate != 1 else x
+
+
+def channels(count: int, width: float) -> int:
+    """The first ceil(width * count) channels; a product a rounding error above a whole number is that number."""
+    if not 0 < width <= 1:
+        raise FedpipeError(f"width: {width} is not in (0, 1]")
+    return math.ceil(round(width * count, 9))
+
+
+def _norm(kind: Norm, count: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(count, track_running_stats=False)
+    if kind == "group":
+        return nn.GroupNorm(math.gcd(4, count), count)
+    raise FedpipeError(f"norm: {kind!r}; wanted batch or group")
+
+
+class Stem(nn.Module):
+    """3x3 convolution without bias, then norm: [batch, C, H, W] -> [batch, out, H, W]."""
+
+    def __init__(self, inward: int, out: int, norm: Norm, scale: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inward, out, 3, padding=1, bias=False)
+        self.scaler = Scaler(scale)
+        self.norm = _norm(norm, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.scaler(self.conv(x)))
+
+
+class Block(nn.Module):
+    """h = relu(norm1(x)); conv2(relu(norm2(conv1(h)))) + shortcut(h): [batch, C, H, W] -> [batch, out, H/s, W/s]."""
+
+    def __init__(self, inward: int, out: int, stride: int, norm: Norm, scale: float) -> None:
+        super().__init__()
+        self.scaler = Scaler(scale)
+        self.norm1 = _norm(norm, inward)
+        self.conv1 = nn.Conv2d(inward, out, 3, stride, padding=1, bias=False)
+        self.norm2 = _norm(norm, out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        # stride and not the widths decides, so that every width has the same tensors
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inward, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.scaler(x)))
+        out = self.conv1(h)
+        return self.conv2(F.relu(self.norm2(self.scaler(out)))) + self.shortcut(h)
+
+
+class Head(nn.Module):
+    """norm, ReLU, global average pool, linear: [batch, C, H, W] -> [batch, classes]."""
+
+    def __init__(self, inward: int, classes: int, norm: Norm, scale: float) -> None:
+        super().__init__()
+        self.scaler = Scaler(scale)
+        self.norm = _norm(norm, inward)
+        self.linear = nn.Linear(inward, classes)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(F.relu(self.norm(self.scaler(x))).mean((-2, -1)))
+
+
+def preresnet20(
+    shape: tuple[int, int, int], classes: int, width: float = 1.0, scale: float = 1.0, norm: Norm = "batch"
+) -> list[tuple[str, nn.Module]]:
+    """Units stem, b1 .. b9, head for images (C, H, W) with H and W divisible by 4; 272,314 parameters for 3 and 10.
+
+    `width` keeps the first ceil(width * C) channels everywhere but at input and output; `scale` divides the input of
+    every norm in training; norm `group` takes four groups (fewer where four do not divide the channels).
+    """
+    if shape[1] % 4 or shape[2] % 4:
+        raise FedpipeError(
+            f"model preresnet20: images of {shape[1]}x{shape[2]}; height and width must be divisible by 4"
+        )
+    c1, c2, c3 = (channels(c, width) for c in (16, 32, 64))
+    inward = [c1, c1, c1, c1, c2, c2, c2, c3, c3]
+    out = [c1, c1, c1, c2, c2, c2, c3, c3, c3]
+    units: list[tuple[str, nn.Module]] = [("stem", Stem(shape[0], c1, norm, scale))]
+    for k, (i, o) in enumerate(zip(inward, out, strict=True), 1):
+        units.append((f"b{k}", Block(i, o, 2 if k in (4, 7) else 1, norm, scale)))
+    return [*units, ("head", Head(c3, classes, norm, scale))]

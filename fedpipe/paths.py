@@ -1,0 +1,158 @@
+"""Where every artefact of a study lies: one place for the workflow, the command line and the in-process loop."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpipe.config import Partition, Run, Study
+from fedpipe.io import canonical, digest, write_text
+
+_SHARED = {"method": {"name": "none"}, "seed": 0, "cohort": 1}
+
+
+def for_data(run: Run) -> Run:
+    """The run with only what decoding the data depends on; everything else as the defaults have it."""
+    kept = run.data.partition.column if run.data.partition.kind == "natural" else None
+    bare = Partition(kind="natural" if kept else "iid", column=kept)
+    return Run.model_validate({**_SHARED, "data": run.data.model_copy(update={"partition": bare}).model_dump()})
+
+
+def for_partition(run: Run) -> Run:
+    """The run with only what sharing the rows out depends on."""
+    return Run.model_validate(
+        {**_SHARED, "data": run.data.model_dump(), "budgets": run.budgets.model_dump(), "seed": run.seed}
+    )
+
+
+def for_measure(run: Run) -> Run:
+    """The run with only what predictions depend on: not the seed, who is drawn, or how it is evaluated."""
+    dropped = {"seed", "cohort", "evaluate", "stack", "on_client_failure", "measure"}
+    return Run.model_validate({"seed": 0, "cohort": 1, **{k: v for k, v in run.spec.items() if k not in dropped}})
+
+
+def _id(stem: str, run: Run) -> str:
+    return f"{stem}-{digest(canonical(run.spec))}"
+
+
+def data_id(run: Run) -> str:
+    return _id(run.data.name.strip("./").replace("/", "-"), for_data(run))
+
+
+def partition_id(run: Run) -> str:
+    return _id(f"{run.data.partition.kind.split('.')[-1]}-s{run.seed}", for_partition(run))
+
+
+def measure_id(run: Run) -> str:
+    return _id(run.id.split("-s")[0], for_measure(run))
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of one run. Rounds are six digits wide so that names sort."""
+
+    root: Path
+    run: Run
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / self.run.id
+
+    @property
+    def spec(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def data_spec(self) -> Path:
+        """What the data step reads: a run with everything it does not depend on left at the defaults."""
+        return self.data.with_name("spec.json")
+
+    @property
+    def partition_spec(self) -> Path:
+        return self.partition.with_name("spec.json")
+
+    @property
+    def measure_spec(self) -> Path:
+        return self.prediction.with_name("spec.json")
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data" / data_id(self.run) / "data.arrow"
+
+    @property
+    def partition(self) -> Path:
+        return self.root / "partition" / partition_id(self.run) / "partition.parquet"
+
+    @property
+    def clients(self) -> Path:
+        return self.partition.with_name("clients.parquet")
+
+    @property
+    def prediction(self) -> Path:
+        return self.root / "measure" / measure_id(self.run) / "prediction.parquet"
+
+    @property
+    def plans(self) -> Path:
+        return self.folder / "plans.parquet"
+
+    @property
+    def assignment(self) -> Path:
+        return self.folder / "assignment.parquet"
+
+    @property
+    def route(self) -> Path:
+        return self.folder / "route.parquet"
+
+    def state(self, t: int) -> Path:
+        return self.folder / "state" / f"{t:06d}"
+
+    def own(self, t: int) -> Path:
+        return self.folder / "own" / f"{t:06d}"
+
+    def rounds(self, t: int) -> Path:
+        """Metrics of the rounds that end in state t."""
+        return self.folder / "rounds" / f"{t:06d}.parquet"
+
+    def curve(self, t: int) -> Path:
+        """Pooled test loss and accuracy at the evaluation rounds up to state t."""
+        return self.folder / "curve" / f"{t:06d}.parquet"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.parquet"
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """The files of a study under its results folder."""
+
+    root: Path
+    study: Study
+
+    @property
+    def runs(self) -> list[RunPaths]:
+        return [RunPaths(self.root, r) for r in self.study.runs()]
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "study.json"
+
+    @property
+    def table(self) -> Path:
+        return self.root / "table.parquet"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def write_specs(self) -> None:
+        """Write the study and run specifications the steps read; files of equal content are left."""
+        write_text(self.spec, self.study.model_dump_json(indent=1) + "\n")
+        for p in self.runs:
+            narrowed = {p.data_spec: for_data, p.partition_spec: for_partition, p.measure_spec: for_measure}
+            write_text(p.spec, canonical(p.run.spec) + "\n")
+            for path, narrow in narrowed.items():
+                write_text(path, canonical(narrow(p.run).spec) + "\n")
+
+
+def segments(rounds: int, every: int) -> list[tuple[int, int]]:
+    """(first, last) states of the segments of a run: (0, every), (every, 2 every), ..."""
+    return [(t, min(t + every, rounds)) for t in range(0, rounds, every)]

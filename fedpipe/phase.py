@@ -1,0 +1,197 @@
+"""One phase of local training: its batches, its optimizer, its steps, for one client or a stack of them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedpipe.config import Local
+from fedpipe.context import Ctx
+from fedpipe.errors import FedpipeError
+from fedpipe.types import Batch, Method, Phase, Tensors, matches
+
+if TYPE_CHECKING:
+    from fedpipe.client import Client
+
+Slots = dict[str, dict[str, Any]]  # optimizer state by name
+
+
+class Grad:
+    """The gradient oracle given to `direction`: `grad()` at the current point, `grad(at | {...})` and
+    `grad(at, batch)` elsewhere, `grad.value(at, batch)` for the loss alone."""
+
+    def __init__(
+        self,
+        loss: Callable[[Tensors, Batch], Tensor],
+        live: tuple[str, ...],
+        here: Tensors | None,
+        at: Tensors,
+        batch: Batch,
+    ):
+        self._loss, self._live, self._here, self._at, self._batch = loss, live, here, at, batch
+        self.asked = False
+
+    def __call__(self, at: Tensors | None = None, batch: Batch | None = None) -> Tensors:
+        if at is None and batch is None:
+            assert self._here is not None, "grad() was not asked for in the first step"
+            self.asked = True
+            return self._here
+        point, data = self._at if at is None else at, self._batch if batch is None else batch
+
+        def value(live: Tensors) -> Tensor:
+            return self._loss({**point, **live}, data)
+
+        out: Tensors = torch.func.grad(value)({n: point[n] for n in self._live})
+        return out
+
+    def value(self, at: Tensors, batch: Batch | None = None) -> Tensor:
+        return self._loss(at, self._batch if batch is None else batch)
+
+
+def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
+    logits, changed = ctx.forward(at, batch["x"])
+    return ctx.task(logits, batch), changed
+
+
+class PhaseRun:
+    """One phase of one client or stack."""
+
+    def __init__(self, method: Method, local: Local, clients: "list[Client]", phase: Phase, index: int):
+        self.method, self.local, self.clients, self.phase = method, local, clients, phase
+        self.stacked = len(clients) > 1
+        self.rows = [c.batches(phase, index) for c in clients]
+        self.counts = [len(r) for r in self.rows]
+        lr = clients[0].ctx.lr * phase.lr
+        self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=max(self.counts))
+        self.gens = [c.noise(index) for c in clients]
+        self.ask = True
+
+    def run(self, at: Tensors, carried: Slots) -> tuple[Tensors, Slots, list]:
+        live = [n for n in at if matches(n, self.phase.live)]
+        if not live:
+            raise FedpipeError(f"phase {self.phase.name}: no name fits live = {', '.join(self.phase.live)}")
+        leaves = {n: at[n].detach().requires_grad_() for n in live}
+        opt = self._optimizer(leaves, carried)
+        first = last = torch.zeros(())
+        for step in range(max(self.counts)):
+            at, value = self._step(step, {**at, **leaves}, leaves, opt)
+            if value is not None:
+                last = torch.where(self._running(step, value), value, last) if step else value
+                first = first if step else value
+        carry = {n: dict(opt.state[leaf]) for n, leaf in leaves.items()} if self.phase.carry else {}
+        at = {**at, **{n: leaf.detach() for n, leaf in leaves.items()}}
+        pairs = zip(first, last, strict=True) if self.stacked else [(first, last)]
+        return at, carry, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
+
+    def _step(
+        self, step: int, at: Tensors, leaves: Tensors, opt: torch.optim.Optimizer
+    ) -> tuple[Tensors, Tensor | None]:
+        batch = self._batch(step)
+        at = {**at, **self._draw(at, batch)}
+        value, changed, grads = self._gradient(at, batch, leaves)
+        d, more = self._direction(at, batch, leaves, grads)
+        changed = {**changed, **more}
+        undo = self._remember(step, leaves, opt, {n: at[n] for n in changed if n in at})
+        for n, leaf in leaves.items():
+            leaf.grad = d.get(n)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        return {**at, **undo(changed)}, value
+
+    def _optimizer(self, leaves: Tensors, carried: Slots) -> torch.optim.Optimizer:
+        spec = self.local.optimizer
+        lr, wd = self.ctx.lr, spec.weight_decay
+        opt: torch.optim.Optimizer
+        if spec.name == "sgd":
+            opt = torch.optim.SGD(leaves.values(), lr=lr, momentum=spec.momentum, weight_decay=wd)
+        elif spec.name == "adam":
+            opt = torch.optim.Adam(leaves.values(), lr=lr, weight_decay=wd)
+        else:
+            opt = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=wd)
+        for n, leaf in leaves.items():
+            if n in carried:
+                opt.state[leaf] = carried[n]
+        return opt
+
+    def _batch(self, step: int) -> Batch:
+        rows = [r[min(step, len(r) - 1)] for r in self.rows]
+        size = max(len(r) for r in rows)
+        parts = [c.load(r, size) for c, r in zip(self.clients, rows, strict=True)]
+        return {k: torch.stack([p[k] for p in parts]) for k in parts[0]} if self.stacked else parts[0]
+
+    def _draw(self, at: Tensors, batch: Batch) -> Tensors:
+        draw = self.method.draw
+        if draw is None:
+            return {}
+        if not self.stacked:
+            return draw(self.gens[0], at, batch, self.ctx)
+        each = [draw(g, pick(at, i), pick(batch, i), self.ctx) for i, g in enumerate(self.gens)]
+        return {n: torch.stack([e[n] for e in each]) for n in each[0]}
+
+    def _loss(self, at: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
+        out = (self.method.loss or default_loss)(at, batch, self.ctx)
+        return out if isinstance(out, tuple) else (out, {})
+
+    def _gradient(self, at: Tensors, batch: Batch, leaves: Tensors) -> tuple[Tensor | None, Tensors, Tensors | None]:
+        if not self.ask:
+            return None, {}, None
+        with torch.enable_grad():
+            value, changed = torch.vmap(self._loss)(at, batch) if self.stacked else self._loss(at, batch)
+            found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+        grads = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
+        return value.detach(), {n: t.detach() for n, t in changed.items()}, grads
+
+    def _direction(self, at: Tensors, batch: Batch, leaves: Tensors, grads: Tensors | None) -> tuple[Tensors, Tensors]:
+        direction = self.method.direction
+        if direction is None:
+            return grads or {}, {}
+        oracles: list[Grad] = []
+
+        def one(at: Tensors, batch: Batch, here: Tensors | None) -> tuple[Tensors, Tensors]:
+            oracles.append(Grad(lambda a, b: self._loss(a, b)[0], tuple(leaves), here, at, batch))
+            out: tuple[Tensors, Tensors] = direction(oracles[-1], at, batch, self.ctx)
+            return out
+
+        plain = {n: t.detach() for n, t in at.items()}
+        with torch.no_grad():
+            if self.stacked:
+                out = (
+                    torch.vmap(one)(plain, batch, grads)
+                    if grads is not None
+                    else torch.vmap(lambda a, b: one(a, b, None))(plain, batch)
+                )
+            else:
+                out = one(plain, batch, grads)
+        self.ask = self.ask and oracles[0].asked
+        return out
+
+    def _running(self, step: int, like: Tensor) -> Tensor:
+        on = torch.tensor([step < n for n in self.counts], device=like.device)
+        return (on if self.stacked else on[0]).reshape(like.shape[:1] + (1,) * (like.ndim - 1))
+
+    def _remember(
+        self, step: int, leaves: Tensors, opt: torch.optim.Optimizer, at: Tensors
+    ) -> Callable[[Tensors], Tensors]:
+        """Clients of a stack that have finished are put back after the step, optimizer state included."""
+        if all(step < n for n in self.counts):
+            return lambda changed: changed
+        old = {n: leaf.detach().clone() for n, leaf in leaves.items()}
+        slots = [(s, k, v.clone()) for leaf in leaves.values() for s in [opt.state[leaf]] for k, v in s.items()
+                 if isinstance(v, Tensor) and v.shape == leaf.shape]  # fmt: skip
+
+        def undo(changed: Tensors) -> Tensors:
+            with torch.no_grad():
+                for n, leaf in leaves.items():
+                    leaf.copy_(torch.where(self._running(step, leaf), leaf, old[n]))
+                for state, key, value in slots:
+                    state[key].copy_(torch.where(self._running(step, value), state[key], value))
+            return {n: torch.where(self._running(step, t), t, at[n]) if n in at else t for n, t in changed.items()}
+
+        return undo
+
+
+def pick(tensors: Tensors, i: int) -> Tensors:
+    """One client's part of stacked tensors."""
+    return {n: t[i] for n, t in tensors.items()}

@@ -1,0 +1,72 @@
+"""Plans as data: made from client rows, kept one per distinct plan, written to and read from `plans.parquet`."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+
+from fedpipe.io import canonical
+from fedpipe.types import Phase, Plan, Window, matches
+
+_PATTERNS = ("live", "down", "up", "fixed", "hold", "keep", "reply")
+_INDEX = pa.list_(pa.struct([("name", pa.string()), ("dim", pa.int32()), ("start", pa.int32()), ("stop", pa.int32())]))
+SCHEMA = pa.schema(
+    [("plan", pa.string()), ("phase", pa.int32()), ("name", pa.string())]
+    + [(p, pa.list_(pa.string())) for p in _PATTERNS]
+    + [("epochs", pa.int32()), ("steps", pa.int32()), ("data", pa.string()), ("upto", pa.string())]
+    + [("lr", pa.float64()), ("carry", pa.bool_()), ("index", _INDEX), ("model", pa.string()), ("weight", pa.string())]
+    + [("trains", pa.list_(pa.string())), ("predicted", pa.int64())]
+)
+
+
+def key(plan: Plan) -> str:
+    """Canonical text of a plan: equal plans, equal text."""
+    return canonical(dataclasses.asdict(plan))
+
+
+def trained_units(phase: Phase, names: tuple[str, ...], tensors: tuple[str, ...]) -> list[str]:
+    """Units of which at least one tensor is live."""
+    return [u for u in names if any(t.startswith(f"{u}.") and matches(f"model/{t}", phase.live) for t in tensors)]
+
+
+def plan_rows(
+    plans: dict[str, Plan], predicted: Callable[[Plan], list[int]], names: tuple[str, ...], tensors: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Rows of `plans.parquet`, one per plan and phase."""
+    rows = []
+    for pid, plan in plans.items():
+        shared: dict[str, Any] = {p: list(getattr(plan, p)) for p in _PATTERNS if p != "live"}
+        shared |= {"index": [dataclasses.asdict(w) for w in plan.index], "weight": plan.weight}
+        for i, (phase, peak) in enumerate(zip(plan.phases, predicted(plan), strict=True)):
+            own = dataclasses.asdict(phase) | {"live": list(phase.live)}
+            rows.append(
+                {"plan": pid, "phase": i, **own, **shared, "model": canonical(dict(plan.model))}
+                | {"trains": trained_units(phase, names, tensors), "predicted": peak}
+            )
+    return rows
+
+
+def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], int]]:
+    """Plans by name, and the predicted peak bytes of each (plan, phase)."""
+    by_plan: dict[str, list[dict[str, Any]]] = {}
+    for r in table.to_pylist():
+        by_plan.setdefault(r["plan"], []).append(r)
+    plans: dict[str, Plan] = {}
+    predicted: dict[tuple[str, int], int] = {}
+    phase_words = [f.name for f in dataclasses.fields(Phase)]
+    for pid, rows in by_plan.items():
+        rows.sort(key=lambda r: r["phase"])
+        words: list[dict[str, Any]] = [{w: r[w] for w in phase_words} | {"live": tuple(r["live"])} for r in rows]
+        phases = tuple(Phase(**w) for w in words)
+        r = rows[0]
+        plans[pid] = Plan(
+            phases=phases,
+            **{p: tuple(r[p]) for p in _PATTERNS if p != "live"},
+            index=tuple(Window(**w) for w in r["index"]),
+            model=tuple(json.loads(r["model"]).items()),
+            weight=r["weight"],
+        )
+        predicted |= {(pid, x["phase"]): x["predicted"] for x in rows}
+    return plans, predicted

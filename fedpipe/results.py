@@ -1,0 +1,202 @@
+"""Finished runs as tidy tables: what the table, the figures and the report are made from.
+
+Round r (from 0) leads from state r to state r + 1, so the server's model of state t has cost the bytes of rounds < t.
+A figure that is not known is null, never 0.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fedpipe.config import Run, Study, load_run
+from fedpipe.errors import FedpipeError
+from fedpipe.io import read_table, table_meta
+
+Row = dict[str, Any]
+BYTES = ("payload_up", "header_up", "payload_down", "header_down")
+CURVES = pa.schema(
+    {"label": pa.string(), "seed": pa.int64(), "round": pa.int32(), "accuracy": pa.float64(), "sent": pa.int64()}
+)
+CLIENTS = pa.schema(
+    {"label": pa.string(), "seed": pa.int64(), "client": pa.int32(), "accuracy": pa.float64(), "left_out": pa.bool_()}
+)
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The tables of one run folder, each as a list of rows."""
+
+    folder: Path
+    run: Run
+    platform: Any
+    rounds: list[Row]
+    curve: list[Row]
+    metrics: list[Row]
+    assignment: list[Row]
+    plans_table: pa.Table
+    assignment_table: pa.Table
+
+    @cached_property
+    def peaks(self) -> list[Row]:
+        """Measured peaks (observation): round, client, plan, phase, predicted, measured, budget."""
+        return _series(sorted((self.folder / "rounds").glob("*.peaks.obs.parquet")))
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Wall time of all rounds (observation)."""
+        found = (self.folder / "rounds").glob("*.obs.parquet")
+        rows = _series(sorted(f for f in found if not f.name.endswith(".peaks.obs.parquet")))
+        return sum(r["seconds"] for r in rows) if rows else None
+
+    @cached_property
+    def left_out(self) -> list[Row]:
+        """Assignment rows, one per client, of those who have no plan in any round."""
+        has_plan = {r["client"] for r in self.assignment if r["plan"] is not None}
+        return [r for r in first_rows(self.assignment) if r["client"] not in has_plan]
+
+    @property
+    def idle(self) -> int:
+        """Rounds in which nobody trained."""
+        return self.run.rounds - len({r["round"] for r in self.rounds})
+
+
+def load(folder: Path) -> RunResults:
+    """Read a finished run's folder; a missing folder or file is an error that names it."""
+    if not folder.is_dir():
+        raise FedpipeError(f"{folder}: no such run folder; the run has not been made")
+    run = load_run(folder / "run.json")
+    metrics = read_table(folder / "metrics.parquet")
+    plans, assignment = read_table(folder / "plans.parquet"), read_table(folder / "assignment.parquet")
+    rounds = sorted(f for f in (folder / "rounds").glob("*.parquet") if not f.name.endswith(".obs.parquet"))
+    curve = sorted((folder / "curve").glob("*.parquet"))
+    for name, files in (("rounds", rounds), ("curve", curve)):
+        if not files:
+            raise FedpipeError(f"{folder / name}: holds no *.parquet; the run has not been trained to its end")
+    return RunResults(
+        folder=folder,
+        run=run,
+        platform=table_meta(metrics, str(folder / "metrics.parquet")).get("platform"),
+        rounds=_series(rounds),
+        curve=_series(curve),
+        metrics=metrics.to_pylist(),
+        assignment=assignment.to_pylist(),
+        plans_table=plans,
+        assignment_table=assignment,
+    )
+
+
+def load_all(study: Study, folders: list[Path]) -> list[RunResults]:
+    """The study's runs in its own order of methods and seeds; each has to be given, and no other."""
+    found = {(r := load(f)).run.id: r for f in folders}
+    wanted = {r.id: r for r in study.runs()}
+    for name, result in found.items():
+        if name not in wanted:
+            raise FedpipeError(f"{result.folder}: not a run of the study {study.name}")
+    for name in wanted:
+        if name not in found:
+            raise FedpipeError(f"runs/{name}: a run of the study {study.name}, but not among the run folders given")
+    if twice := [k for k, n in Counter((r.label, r.seed) for r in wanted.values()).items() if n > 1]:
+        raise FedpipeError(f"methods: two entries are both named {twice[0][0]!r} (seed {twice[0][1]}); wanted one each")
+    return [found[name] for name in wanted]
+
+
+def _series(files: Iterable[Path]) -> list[Row]:
+    """Rows of per-segment files by round. Files of another segment length may overlap: a round is read from the
+    last file that has it, since the file of the last state is always of the newest run."""
+    by_round: dict[int, list[Row]] = {}
+    for file in files:
+        rows = read_table(file).to_pylist()
+        by_round.update({t: [] for t in {r["round"] for r in rows}})
+        for row in rows:
+            by_round[row["round"]].append(row)
+    return [row for t in sorted(by_round) for row in by_round[t]]
+
+
+def first_rows(assignment: list[Row]) -> list[Row]:
+    """Each client's first row, in order of clients."""
+    first: dict[int, Row] = {}
+    for row in sorted(assignment, key=lambda r: (r["client"], r["round"])):
+        first.setdefault(row["client"], row)
+    return list(first.values())
+
+
+def _of_clients(run: RunResults, column: str) -> list[float]:
+    rows = [r for r in run.metrics if r["column"] == column and r["client"] is not None]
+    return [r["accuracy"] for r in rows if r["accuracy"] is not None]
+
+
+def _spread(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over clients, who are all there are: no n - 1."""
+    return (statistics.fmean(values), statistics.pstdev(values)) if values else (None, None)
+
+
+def summary(run: RunResults) -> Row:
+    """One row per run. Accuracies in 0..1, bytes summed over all rounds and clients, predicted_peak in bytes.
+
+    `client_*` are the server's model on each client's own test rows, `personal_*` each client's own model there.
+    """
+    pooled = next((r for r in run.metrics if r["client"] is None and r["column"] == "global"), None)
+    client, client_spread = _spread(_of_clients(run, "global"))
+    personal, personal_spread = _spread(_of_clients(run, "personal"))
+    clients = {r["client"] for r in run.assignment}
+    peaks = [r["predicted"] for r in run.assignment if r["predicted"] is not None]
+    return {
+        "label": run.run.label,
+        "method": run.run.method.name,
+        "seed": run.run.seed,
+        "accuracy": pooled["accuracy"] if pooled else None,
+        "loss": pooled["loss"] if pooled else None,
+        "client_accuracy": client,
+        "client_spread": client_spread,
+        "personal_accuracy": personal,
+        "personal_spread": personal_spread,
+        **{b: sum(r[b] for r in run.rounds) for b in BYTES},
+        "clients": len(clients),
+        "taking_part": len(clients) - len(run.left_out),
+        "left_out": len(run.left_out),
+        "rounds": run.run.rounds,
+        "idle_rounds": run.idle,
+        "failed_updates": len({(r["round"], r["client"], r["part"]) for r in run.rounds if r["failed"]}),
+        "predicted_peak": max(peaks, default=None),
+    }
+
+
+def observed(run: RunResults) -> Row:
+    """One row per run of what was measured: largest peak (bytes), largest measured / predicted, seconds."""
+    measured = [p for p in run.peaks if p["measured"] is not None]
+    return {
+        "label": run.run.label,
+        "seed": run.run.seed,
+        "measured_peak": max((p["measured"] for p in measured), default=None),
+        "peak_ratio": max((p["measured"] / p["predicted"] for p in measured if p["predicted"]), default=None),
+        "seconds": run.seconds,
+    }
+
+
+def curves(runs: list[RunResults]) -> pa.Table:
+    """Accuracy of the server's model on all test rows, and the bytes sent up and down until then (schema CURVES)."""
+    rows = []
+    for run in runs:
+        for at in run.curve:
+            sent = sum(r[b] for r in run.rounds if r["round"] < at["round"] for b in BYTES)
+            row = {"label": run.run.label, "seed": run.run.seed, "sent": sent}
+            rows.append({**row, "round": at["round"], "accuracy": at["accuracy"]})
+    return pa.Table.from_pylist(rows, schema=CURVES)
+
+
+def client_accuracies(runs: list[RunResults]) -> pa.Table:
+    """Final accuracy of the server's model on each client's own test rows (schema CLIENTS)."""
+    rows = []
+    for run in runs:
+        out = {r["client"] for r in run.left_out}
+        for r in run.metrics:
+            if r["column"] == "global" and r["client"] is not None:
+                row = {"label": run.run.label, "seed": run.run.seed, "left_out": r["client"] in out}
+                rows.append({**row, "client": r["client"], "accuracy": r["accuracy"]})
+    return pa.Table.from_pylist(rows, schema=CLIENTS)

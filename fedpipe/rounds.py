@@ -1,0 +1,173 @@
+"""Rounds in memory: training a share of a round's rows, and mixing what came back. The steps put files around it."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpipe import io
+from fedpipe.aggregate import check, cut, mean
+from fedpipe.client import Client, Result
+from fedpipe.errors import FedpipeError
+from fedpipe.memory.enforce import Witness
+from fedpipe.runtime import Runtime
+from fedpipe.types import Plan, Tensors, Update, select
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class World:
+    """What exists between rounds: states by `node@version`, and every client's latest own file (tensors or a path)."""
+
+    states: dict[str, Tensors]
+    owns: dict[int, tuple[int, Tensors | Path]] = field(default_factory=dict)
+
+    def own(self, client: int) -> Tensors:
+        found = self.owns.get(client, (0, {}))[1]
+        return io.read_tensors(found)[0] if isinstance(found, Path) else found
+
+
+@dataclass
+class Sent:
+    """What one row's training gave: its message (None when the client failed), what it keeps, its metrics."""
+
+    row: dict[str, Any]
+    image: bytes | None
+    own: Tensors
+    metrics: Rows
+
+
+class Rounds:
+    """Trains and mixes rounds of one run."""
+
+    def __init__(self, runtime: Runtime, plans: dict[str, Plan], predicted: dict[tuple[str, int], int], rows: Rows,
+                 training_rows: dict[int, Tensor], budgets: dict[int, int | None]):  # fmt: skip
+        self.rt, self.plans, self.predicted = runtime, plans, predicted
+        self.training_rows, self.budgets = training_rows, budgets
+        self.by_round: dict[int, Rows] = {}
+        for r in rows:
+            self.by_round.setdefault(r["round"], []).append(r)
+        self.rows = rows
+        self.peaks: Rows = []
+
+    def groups(self, t: int) -> list[Rows]:
+        """The stacked groups of a round, in order."""
+        found: dict[int, Rows] = {}
+        for r in self.by_round.get(t, []):
+            if r["kind"] == "train":
+                found.setdefault(r["group"], []).append(r)
+        return [found[g] for g in sorted(found)]
+
+    def train(self, t: int, world: World, groups: Iterable[Rows]) -> list[Sent]:
+        """Train groups of a round. Raises FedpipeError when a client fails and the study does not drop it."""
+        down: dict[tuple[str, str, str | None], tuple[int, int]] = {}
+        out = []
+        for group in groups:
+            plan = self.plans[group[0]["plan"]]
+            clients = [self._client(r, plan, world) for r in group]
+            with self._witness(group) as probe:
+                results = self.rt.loop(probe).train(clients, plan)
+            for row, result in zip(group, results, strict=True):
+                key = (row["start"], row["plan"], row["reply"])
+                if key not in down:
+                    down[key] = self._down(row, plan, world)
+                out.append(self._sent(row, plan, result, down[key]))
+        return out
+
+    def mix(self, t: int, world: World, sent: Iterable[Sent]) -> World:
+        """The world after round t: every Mix row's state, every client's own file."""
+        by_id = {_row_id(s.row): s for s in sent}
+        owns = dict(world.owns)
+        owns |= {s.row["client"]: (t, s.own) for s in by_id.values() if s.own and s.image is not None}
+        states = dict(world.states)
+        for row in self.by_round.get(t, []):
+            if row["kind"] == "mix":
+                mixed = self._mix(row, states, [by_id[u] for u in row["updates"] if u in by_id])
+                states[row["out"]] = dict(sorted(mixed.items()))
+        return World(states, owns)
+
+    def _mix(self, row: dict[str, Any], states: dict[str, Tensors], sent: list[Sent]) -> Tensors:
+        base, arrived = states[row["base"]], [s for s in sent if s.image is not None]
+        if sent and not arrived:
+            raise FedpipeError(f"round {row['round']}: every client failed")
+        if not arrived:
+            return base
+        updates = (self._update(s, states[s.row["start"]]) for s in arrived)
+        if self.rt.method.aggregate is None:
+            return mean(base, updates)
+        return self.rt.method.aggregate(base, updates, self.rt.ctx(row["round"], role="server"))
+
+    def _update(self, sent: Sent, start: Tensors) -> Update:
+        row, plan = sent.row, self.plans[sent.row["plan"]]
+        assert sent.image is not None
+        who = f"update of client {row['client']}, round {row['round']}"
+        tensors, meta = io.decode(sent.image, who)
+        check(tensors, start, plan, who)
+        tensors = {n: t.to(self.rt.device) for n, t in tensors.items()}
+        return Update(row["client"], meta["weight"], meta["samples"], tensors, plan.index)
+
+    def _client(self, row: dict[str, Any], plan: Plan, world: World) -> Client:
+        at = self.rt.received(plan, world.states[row["start"]])
+        if row["reply"]:
+            at |= {f"re/{n}": t for n, t in select(world.states[row["reply"]], plan.reply).items()}
+        at |= {n: t.to(self.rt.device) for n, t in world.own(row["client"]).items()}
+        rows = self.training_rows[row["client"]]
+        return self.rt.client(self.rt.ctx(row["round"], row["client"], samples=len(rows)), at, rows)
+
+    def _down(self, row: dict[str, Any], plan: Plan, world: World) -> tuple[int, int]:
+        """(payload, header) bytes of what a client receives, from the very messages."""
+        sent = cut(select(world.states[row["start"]], (*plan.down, *(f"!{p}" for p in plan.fixed))), plan.index)
+        images = [io.encode(sent, {"round": row["round"], "state": row["start"]})]
+        if row["reply"]:
+            images.append(io.encode(select(world.states[row["reply"]], plan.reply), {"state": row["reply"]}))
+        header = sum(io.header_bytes(i) for i in images)
+        return sum(len(i) for i in images) - header, header
+
+    def _sent(self, row: dict[str, Any], plan: Plan, result: Result, down: tuple[int, int]) -> Sent:
+        samples = len(self.training_rows[row["client"]])
+        weight = float(samples) if plan.weight == "samples" else 1.0
+        failed = self._failed(row, result)
+        meta = {"client": row["client"], "round": row["round"], "samples": samples, "weight": weight}
+        image = None if failed else io.encode(result.sent, meta)
+        header = io.header_bytes(image) if image else 0
+        shared = {k: row[k] for k in ("round", "client", "part", "plan")}
+        metrics = []
+        for i, (steps, first, last) in enumerate(result.phases):
+            bytes_ = (len(image) - header if image else 0, header, *down) if i == 0 else (0, 0, 0, 0)
+            names = ("payload_up", "header_up", "payload_down", "header_down")
+            metrics.append(
+                {**shared, "phase": i, "steps": steps, "loss_first": float(first), "loss_last": float(last)}
+                | {"samples": samples, "weight": weight, "failed": failed, **dict(zip(names, bytes_, strict=True))}
+            )
+        return Sent(row, image, {n: t.cpu() for n, t in sorted(result.own.items())}, metrics)
+
+    def _failed(self, row: dict[str, Any], result: Result) -> bool:
+        bad = next((n for n, t in (result.sent | result.own).items() if not bool(torch.isfinite(t).all())), None)
+        if bad and self.rt.run.on_client_failure == "stop":
+            raise FedpipeError(
+                f"client {row['client']}, round {row['round']}: {bad} is not finite after training "
+                f"(last loss {float(result.phases[-1][2]):.3g}); lower local.optimizer.lr, or on_client_failure: drop"
+            )
+        return bad is not None
+
+    @contextmanager
+    def _witness(self, group: Rows) -> Iterator[Any]:
+        """The probe of a group: measures peaks when it is a witness (or everybody is), and enforces the budget."""
+        row = group[0]
+        if not (row["witness"] or self.rt.run.measure == "all"):
+            yield None
+            return
+        limits = [self.predicted[row["plan"], i] for i in range(len(self.plans[row["plan"]].phases))]
+        witness = Witness(row["client"], row["round"], row["plan"], limits, self.budgets.get(row["client"]))
+        yield witness.phase
+        self.peaks += witness.rows
+        witness.enforce()
+
+
+def _row_id(row: dict[str, Any]) -> str:
+    return f"{row['client']}:{row['part']}" if row["part"] else str(row["client"])

@@ -1,0 +1,100 @@
+"""Routes: who starts from which state and who averages what, as rows. The engine adds plan, group, own and reply."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from fedpipe.context import RouteCtx
+from fedpipe.types import Mix, Plan, Train
+
+SCHEMA = pa.schema(
+    [("kind", pa.string()), ("round", pa.int32()), ("client", pa.int32()), ("part", pa.string())]
+    + [("start", pa.string()), ("own", pa.int32()), ("reply", pa.string()), ("plan", pa.string())]
+    + [
+        ("budget", pa.int64()),
+        ("group", pa.int32()),
+        ("witness", pa.bool_()),
+        ("out", pa.string()),
+        ("base", pa.string()),
+    ]
+    + [("updates", pa.list_(pa.string())), ("owner", pa.string())]
+)
+
+
+def star(ctx: RouteCtx) -> Iterator[Train | Mix]:
+    """Server and cohort: everybody drawn starts from the server's state, the server averages what comes back."""
+    for t in range(ctx.rounds):
+        cohort = list(ctx.cohort(t))
+        yield from (Train(t, i, f"server@{t}") for i in cohort)
+        yield Mix(t, f"server@{t + 1}", f"server@{t}", tuple(Train(t, i, "").id for i in cohort))
+
+
+def schedule(
+    rows: Iterable[Train | Mix],
+    plan_of: Callable[[int, int], str | None],
+    plans: dict[str, Plan],
+    stack_key: Callable[[int, str], Any],
+    stack_size: int,
+    full_batch: Callable[[int], bool],
+) -> list[dict[str, Any]]:
+    """Rows of `route.parquet`.
+
+    plan_of(client, round) names a plan or None (the client sits out); stack_key(client, plan) says who may be trained
+    together, at most stack_size; full_batch(client) whether its batches have the study's size. The first row of a plan
+    with a full batch (the first row at all, if there is none) is its witness and a group of its own.
+    """
+    order = list(rows)
+    trains = [r for r in order if isinstance(r, Train) and plan_of(r.client, r.round)]
+    witness: dict[str, Train] = {}
+    for w in sorted(trains, key=lambda r: (not full_batch(r.client), r.round)):
+        witness.setdefault(str(plan_of(w.client, w.round)), w)
+    chosen = {id(r) for r in witness.values()}
+    out: list[dict[str, Any]] = []
+    last_own: dict[int, int] = {}
+    made: dict[str, str] = {}  # id of a Train row -> the state its last update went into
+    groups: dict[tuple[Any, ...], tuple[int, int]] = {}  # key -> (group, members)
+    count, at_round, kept = 0, -1, list[tuple[int, int]]()
+    for r in order:
+        if r.round != at_round:
+            last_own.update(kept)
+            count, at_round, groups, kept = 0, r.round, {}, []
+        if isinstance(r, Mix):
+            came = [u for u in r.updates if plan_of(int(u.split(":")[0]), r.round)]
+            made |= {u: r.out for u in came}
+            out.append(
+                {"kind": "mix", "round": r.round, "part": "", "out": r.out, "base": r.base, "updates": came}
+                | {"owner": r.owner}
+            )
+            continue
+        pid = plan_of(r.client, r.round)
+        if pid is None:
+            continue
+        alone = id(r) in chosen or stack_size == 1
+        slot = (r.client, r.part) if alone else (pid, stack_key(r.client, pid))
+        group, members = groups.get(slot, (-1, stack_size))
+        if members >= stack_size:
+            group, members, count = count, 0, count + 1
+        groups[slot] = (group, members + 1)
+        plan = plans[pid]
+        if plan.keep:
+            kept.append((r.client, r.round))
+        out.append(
+            {"kind": "train", "round": r.round, "client": r.client, "part": r.part, "start": r.start, "plan": pid}
+            | {"own": last_own.get(r.client), "reply": made.get(r.id) if plan.reply else None}
+            | {"group": group, "witness": id(r) in chosen}
+        )
+    return out
+
+
+def needed_states(rows: list[dict[str, Any]], t: int) -> set[str]:
+    """States that rows of round t or later read, and the newest of every node after the rounds before t."""
+    newest: dict[str, str] = {}
+    needed = set()
+    for r in rows:
+        if r["round"] < t and r["kind"] == "mix":
+            newest[r["out"].split("@")[0]] = r["out"]
+        elif r["round"] >= t:
+            needed |= {r[k] for k in ("start", "reply", "base") if r.get(k)}
+    made_later = {r["out"] for r in rows if r["kind"] == "mix" and r["round"] >= t}
+    return (needed - made_later) | set(newest.values())

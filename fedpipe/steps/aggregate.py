@@ -1,0 +1,50 @@
+"""Step aggregate: mix what a round's jobs brought into the next state, whatever folder it came from."""
+
+from pathlib import Path
+from typing import Any
+
+from fedpipe import io
+from fedpipe.config import load_run
+from fedpipe.errors import FedpipeError
+from fedpipe.opened import Opened
+from fedpipe.rounds import Rows, Sent
+from fedpipe.states import read_world
+
+
+def run(
+    run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, trained: list[Path],
+    *, next_state: Path, next_own: Path, rounds: Path, curve: Path,
+) -> None:  # fmt: skip
+    """Write the state after the round of `state`, every own file, the round's metrics and its point of the curve.
+
+    Raises FedpipeError when the job folders lack a client of the round, or an update is not what its plan promises.
+    """
+    spec = load_run(run)
+    opened = Opened(spec, data, partition, plans, route)
+    world, t, meta = read_world(state, own)
+    opened.check_platform(meta)
+    points = [opened.point(0, world)] if t == 0 else []
+    metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]] = {}
+    for folder in trained:
+        for m in io.read_table(folder / "metrics.arrow").to_pylist():
+            metrics.setdefault((m["client"], m["part"]), []).append((m, folder))
+    sent = [_sent(r, t, metrics) for g in opened.rounds.groups(t) for r in g]
+    opened.log(sent)
+    world = opened.rounds.mix(t, world, sent)
+    if t + 1 in spec.evaluations:
+        points.append(opened.point(t + 1, world))
+    opened.write_world(next_state, next_own, world, t + 1)
+    opened.write_metrics(rounds, curve, points)
+
+
+def _sent(row: dict[str, Any], t: int, metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]]) -> Sent:
+    found = metrics.get((row["client"], row["part"]))
+    if not found:
+        raise FedpipeError(f"aggregate: no job folder holds client {row['client']} of round {t}")
+    rows: Rows = [m for m, _ in found]
+    name, folder = f"{row['client']}{row['part']}@{t}.safetensors", found[0][1]
+    if rows[0]["failed"]:
+        return Sent(row, None, {}, rows)
+    kept = folder / "own" / name
+    image = (folder / "update" / name).read_bytes()
+    return Sent(row, image, io.read_tensors(kept)[0] if kept.is_file() else {}, rows)

@@ -1,0 +1,124 @@
+"""Step assign: who holds, trains and sends what, as files, before anything is trained; and state 0."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fedpipe import io, machine
+from fedpipe.config import load_run
+from fedpipe.context import RouteCtx
+from fedpipe.data import dataset
+from fedpipe.errors import FedpipeError
+from fedpipe.memory.enforce import mib
+from fedpipe.plans import SCHEMA as PLANS
+from fedpipe.plans import key, plan_rows
+from fedpipe.route import SCHEMA as ROUTE
+from fedpipe.route import schedule, star
+from fedpipe.runtime import Runtime
+from fedpipe.states import write_owns, write_states
+from fedpipe.steps import provenance
+from fedpipe.steps.measure import make_plan
+from fedpipe.types import Plan, Row
+
+ASSIGNMENT = pa.schema(
+    [("client", pa.int32()), ("round", pa.int32()), ("plan", pa.string()), ("budget", pa.int64())]
+    + [("group", pa.int32()), ("samples", pa.int32()), ("predicted", pa.int64()), ("needs", pa.int64())]
+)
+
+
+def run(
+    run: Path, data: Path, clients: Path, prediction: Path,
+    *, plans: Path, assignment: Path, route: Path, state: Path, own: Path,
+) -> None:  # fmt: skip
+    """Write plans, assignment, route, state 0 and an empty own folder. FedpipeError when no client can take part."""
+    spec = load_run(run)
+    rt = Runtime(spec, dataset.load(data))
+    people = io.read_table(clients).to_pylist()
+    widths = rt.predictor.remember(io.read_table(prediction))
+    for p in people:
+        p["budget"] = widths[p["like_width"]] if p["like_width"] is not None else p["budget"]
+    chosen = _Plans(rt)
+    stages = [chosen.stages(p) for p in people]
+    if not chosen.names:
+        least = min((n for n in chosen.needs.values() if n is not None), default=None)
+        largest = mib(max(p["budget"] for p in people))
+        raise FedpipeError(
+            f"budgets: none is enough for method {rt.method.name}; it needs {mib(least)}, the largest is {largest}"
+        )
+    by_client = {p["client"]: (p, s) for p, s in zip(people, stages, strict=True)}
+    rows = schedule(
+        (rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)),
+        plan_of=lambda client, round: _at(by_client[client][1], round),
+        plans=chosen.plans,
+        stack_key=lambda client, plan: rt.stack_key(by_client[client][0]["samples"], chosen.plans[plan]),
+        stack_size=rt.stack_size,
+        full_batch=lambda client: by_client[client][0]["samples"] >= spec.local.batch,
+    )
+    for r in rows:
+        r["budget"] = by_client[r["client"]][0]["budget"] if r["kind"] == "train" else None
+    names, tensors = rt.build().names, rt.build().tensor_names
+    made = provenance("assign", spec, [data, clients, prediction])
+    meta = {
+        **made,
+        "method": spec.method.name,
+        "label": spec.label,
+        "seed": spec.seed,
+        "platform": machine.describe(spec),
+    }
+    io.write_table(plans, plan_rows(chosen.plans, rt.predictor.peaks, names, tensors), {**meta, "units": names}, PLANS)
+    io.write_table(assignment, _assignment(people, stages, chosen), meta, ASSIGNMENT)
+    io.write_table(route, rows, meta, ROUTE)
+    write_states(state, {"server@0": rt.state0}, 0, meta)
+    write_owns(own, {}, meta)
+
+
+class _Plans:
+    """Distinct plans in order of first use, by the row they were made from."""
+
+    def __init__(self, rt: Runtime):
+        self.rt = rt
+        self.plans: dict[str, Plan] = {}
+        self.names: dict[str, str] = {}
+        self.needs: dict[Row, int | None] = {}
+        self.made: dict[tuple[Row, int], str | None] = {}
+
+    def stages(self, person: dict[str, Any]) -> list[tuple[int, str | None]]:
+        """(first round, plan) of a client: one stage, unless the method's plans change with the round."""
+        row = Row(budget=person["budget"], samples=person["samples"])
+        out: list[tuple[int, str | None]] = []
+        for t in range(self.rt.run.rounds if self.rt.method.by_round else 1):
+            plan = self._make(row, t)
+            if not out or out[-1][1] != plan:
+                out.append((t, plan))
+        return out
+
+    def _make(self, row: Row, round: int) -> str | None:
+        if (row, round) not in self.made:
+            plan, needs = make_plan(self.rt, row, round)
+            pid = self.names.setdefault(key(plan), f"p{len(self.names)}") if plan else None
+            if plan and pid:
+                self.plans[pid] = plan
+            self.needs[row] = needs
+            self.made[row, round] = pid
+        return self.made[row, round]
+
+
+def _at(stages: list[tuple[int, str | None]], round: int) -> str | None:
+    return next(plan for first, plan in reversed(stages) if first <= round)
+
+
+def _assignment(
+    people: list[dict[str, Any]], stages: list[list[tuple[int, str | None]]], chosen: _Plans
+) -> list[dict[str, Any]]:
+    peaks: Callable[[str], int] = lambda pid: max(chosen.rt.predictor.peaks(chosen.plans[pid]))  # noqa: E731
+    rows = []
+    for p, mine in zip(people, stages, strict=True):
+        for first, pid in mine:
+            needs = None if pid else chosen.needs[Row(budget=p["budget"], samples=p["samples"])]
+            rows.append(
+                {k: p[k] for k in ("client", "budget", "group", "samples")}
+                | {"round": first, "plan": pid, "predicted": peaks(pid) if pid else None, "needs": needs}
+            )
+    return rows

@@ -1,0 +1,15 @@
+"""Step `data`: decode the study's images once. The only step that may reach the Hugging Face hub."""
+
+from pathlib import Path
+
+from fedpipe.config import load_run
+from fedpipe.data.build import build
+from fedpipe.io import write_table
+from fedpipe.steps import provenance
+
+
+def run(run: Path, *, data: Path) -> None:
+    """Write `data.arrow` (image, label, test, and client with natural ids) for the run's `data` keys."""
+    spec = load_run(run)
+    table, meta = build(spec.data)
+    write_table(data, table, {**meta, **provenance("data", spec)})

@@ -1,0 +1,34 @@
+"""Step segment: K rounds in one process, from one state to a later one. Rounds are those of `train` and `aggregate`."""
+
+from pathlib import Path
+
+from fedpipe.config import load_run
+from fedpipe.opened import Opened
+from fedpipe.states import read_world
+from fedpipe.terminal import Progress
+
+
+def run(
+    run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, last: int,
+    *, next_state: Path, next_own: Path, rounds: Path, curve: Path,
+) -> None:  # fmt: skip
+    """Train and mix from the round of `state` up to state `last`; write it, every own file, metrics and test curve.
+
+    Raises FedpipeError when the platform is not that of state 0, or a client fails or goes over its budget.
+    """
+    spec = load_run(run)
+    opened = Opened(spec, data, partition, plans, route)
+    world, first, meta = read_world(state, own)
+    opened.check_platform(meta)
+    points = [opened.point(0, world)] if first == 0 else []
+    with Progress(f"{spec.label} seed {spec.seed}", spec.rounds, first) as progress:
+        for t in range(first, last):
+            with opened.timed(t):
+                world = opened.round(t, world)
+            keep = opened.needed(t + 1)
+            world.states = {n: s for n, s in world.states.items() if n in keep}
+            if t + 1 in spec.evaluations:
+                points.append(opened.point(t + 1, world))
+            progress.advance(t + 1, points[-1]["accuracy"] if points else None)
+    opened.write_world(next_state, next_own, world, last)
+    opened.write_metrics(rounds, curve, points)

@@ -1,0 +1,132 @@
+"""Step `table`: the runs of a study as one row per method setting, with intervals over seeds, and their figures."""
+
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pyarrow as pa
+from scipy.special import stdtrit
+
+from fedpipe import cells, figures
+from fedpipe.config import Study, load_study
+from fedpipe.errors import FedpipeError
+from fedpipe.io import write_table, write_text
+from fedpipe.results import BYTES, Row, RunResults, client_accuracies, curves, load_all, observed, summary
+from fedpipe.steps import measured, provenance
+
+SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
+AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "idle_rounds", "failed_updates")
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, standard deviation (n - 1) and the 95 % t-interval of the mean; null where too few values give none."""
+    mean = fmean(values) if values else None
+    if mean is None or len(values) < 2:
+        return {"mean": mean, "std": None, "low": None, "high": None}
+    spread = stdev(values)
+    half = float(stdtrit(len(values) - 1, 0.975)) * spread / sqrt(len(values))
+    return {"mean": mean, "std": spread, "low": mean - half, "high": mean + half}
+
+
+def _known(rows: list[Row], column: str) -> dict[int, float]:
+    return {r["seed"]: r[column] for r in rows if r[column] is not None}
+
+
+def _difference(rows: list[Row], first: list[Row], column: str) -> Row:
+    """Over seeds, this method minus the first; `differs` only when the interval excludes 0."""
+    mine, theirs = _known(rows, column), _known(first, column)
+    pairs = [] if rows is first else [mine[s] - theirs[s] for s in mine if s in theirs]
+    d = interval(pairs)
+    claim = None if d["low"] is None or d["high"] is None else d["low"] > 0 or d["high"] < 0
+    names = {"diff": d["mean"], "diff_low": d["low"], "diff_high": d["high"], "differs": claim}
+    return {f"{column}_{k}": v for k, v in names.items()}
+
+
+def _row(rows: list[Row], first: list[Row], paper: dict[str, float]) -> Row:
+    label, method = rows[0]["label"], rows[0]["method"]
+    out: Row = {"label": label, "method": method, "seeds": len(rows)}
+    for column in SCORES:
+        s = interval(list(_known(rows, column).values()))
+        out |= {column: s["mean"], **{f"{column}_{k}": s[k] for k in ("std", "low", "high")}}
+        out |= _difference(rows, first, column)
+    out["paper"] = paper.get(label, paper.get(method))
+    out |= {c: fmean(r[c] for r in rows) for c in AMOUNTS}
+    out["predicted_peak"] = max((r["predicted_peak"] for r in rows if r["predicted_peak"] is not None), default=None)
+    return out
+
+
+def _type(column: str) -> pa.DataType:
+    if column in ("label", "method"):
+        return pa.string()
+    if column in ("seeds", "predicted_peak", "measured_peak"):
+        return pa.int64()
+    return pa.bool_() if column.endswith("_differs") else pa.float64()
+
+
+def _typed(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=pa.schema({c: _type(c) for c in rows[0]}))
+
+
+def _by_label(rows: list[Row]) -> list[list[Row]]:
+    return [[r for r in rows if r["label"] == label] for label in dict.fromkeys(r["label"] for r in rows)]
+
+
+def tabulate(study: Study, runs: list[RunResults]) -> pa.Table:
+    """One row per label: seeds, scores with `_std _low _high` and `_diff _diff_low _diff_high _differs` against the
+    study's first method, the paper's accuracy, amounts as means over seeds (bytes, clients, rounds), largest peak."""
+    known = {name for r in study.runs() for name in (r.label, r.method.name)}
+    for name, value in study.paper.items():
+        if name not in known or not 0 <= value <= 1:
+            raise FedpipeError(f"paper.{name}: wanted one of the study's methods and an accuracy in 0..1 (got {value})")
+    groups = _by_label([summary(r) for r in runs])
+    return _typed([_row(rows, groups[0], study.paper) for rows in groups])
+
+
+def _largest(values: Sequence[Any]) -> Any:
+    return max((v for v in values if v is not None), default=None)
+
+
+def observations(runs: list[RunResults]) -> pa.Table:
+    """One row per label: largest measured peak (bytes) and measured / predicted, mean seconds of a run."""
+    out = []
+    for rows in _by_label([observed(r) for r in runs]):
+        seconds = list(_known(rows, "seconds").values())
+        row = {"label": rows[0]["label"], "seeds": len(rows)}
+        row |= {c: _largest([r[c] for r in rows]) for c in ("measured_peak", "peak_ratio")}
+        out.append({**row, "seconds": fmean(seconds) if seconds else None})
+    return _typed(out)
+
+
+def pictured(runs: list[RunResults]) -> dict[str, RunResults]:
+    """First run of each label whose plans are worth a picture: more than one, or clients without any."""
+    first: dict[str, RunResults] = {}
+    for run in runs:
+        first.setdefault(run.run.label, run)
+    several = {k: len({r["plan"] for r in v.assignment}) > 1 for k, v in first.items()}
+    return {k: v for k, v in first.items() if several[k] or v.left_out}
+
+
+def _figures(folder: Path, runs: list[RunResults]) -> None:
+    points = curves(runs)
+    figures.save(figures.accuracy_over_rounds(points), folder / "accuracy_rounds")
+    figures.save(figures.accuracy_over_bytes(points), folder / "accuracy_bytes")
+    figures.save(figures.client_distribution(client_accuracies(runs)), folder / "accuracy_clients")
+    for label, run in pictured(runs).items():
+        picture = figures.plan_picture(run.plans_table, run.assignment_table)
+        figures.save(picture, folder / figures.plan_file(label))
+
+
+def run(study: Path, runs: list[Path], *, table: Path) -> None:
+    """Write table.parquet, and beside it .obs.parquet, .md, .tex and figures/ (SVG and PNG). `runs` are run folders."""
+    spec = load_study(study)
+    results = load_all(spec, runs)
+    rows = tabulate(spec, results)
+    _figures(table.parent / "figures", results)
+    made = {**provenance("table", spec, [f for r in results for f in measured(r.folder)]), "study": spec.name}
+    write_table(table.with_suffix(".obs.parquet"), observations(results), made)
+    shown = cells.present(rows)
+    write_text(table.with_suffix(".md"), cells.markdown(shown, cells.NOTE))
+    write_text(table.with_suffix(".tex"), cells.latex(shown, cells.NOTE))
+    write_table(table, rows, {**made, "first": rows["label"][0].as_py()})

@@ -1,0 +1,38 @@
+"""Step train: one job's share of a round. Job j of J trains the groups whose index is j modulo J."""
+
+from pathlib import Path
+
+from fedpipe import io
+from fedpipe.config import load_run
+from fedpipe.errors import FedpipeError
+from fedpipe.opened import METRICS, PEAKS, Opened
+from fedpipe.states import read_world
+
+
+def run(
+    run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, *, out: Path,
+    job: int = 0, jobs: int = 1,
+) -> None:  # fmt: skip
+    """Write the folder of what each client sends (`update/`) and keeps (`own/`), and `metrics.arrow`.
+
+    A job without a group writes an empty table. Raises FedpipeError when a client fails or goes over its budget.
+    """
+    if not 0 <= job < jobs:
+        raise FedpipeError(f"job: {job} of {jobs} jobs; wanted 0 <= job < jobs")
+    opened = Opened(load_run(run), data, partition, plans, route)
+    world, t, meta = read_world(state, own)
+    opened.check_platform(meta)
+    groups = opened.rounds.groups(t)
+    with opened.timed(t):
+        sent = opened.rounds.train(t, world, groups[job::jobs])
+    opened.log(sent)
+    with io.new_folder(out) as folder:
+        for s in sent:
+            name = f"{s.row['client']}{s.row['part']}@{t}.safetensors"
+            if s.image is not None:
+                io.write_bytes(folder / "update" / name, s.image)
+                if s.own:
+                    io.write_tensors(folder / "own" / name, s.own, {"client": s.row["client"], "round": t})
+        io.write_table(folder / "metrics.arrow", opened.log_rows, opened.meta, METRICS)
+        if opened.rounds.peaks:
+            io.write_table(folder / "peaks.obs.parquet", opened.rounds.peaks, opened.meta, PEAKS)

@@ -1,0 +1,31 @@
+"""A user's own model or method: `./file.py:name`, imported by path and only because the study names it."""
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedpipe.errors import FedpipeError
+
+
+def load_attribute(spec: str, wanted: str) -> Any:
+    """The object `name` of `path/file.py:name`; FedpipeError names the file and what it holds instead."""
+    path_text, _, name = spec.rpartition(":")
+    path = Path(path_text)
+    if not path.is_file():
+        raise FedpipeError(f"{spec}: no file {path} (looked in {Path.cwd()})")
+    module_name = f"fedpipe_user_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}"
+    found = importlib.util.spec_from_file_location(module_name, path)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[module_name] = module
+    try:
+        found.loader.exec_module(module)
+    except Exception as e:
+        del sys.modules[module_name]
+        raise FedpipeError(f"{path}: could not be imported ({type(e).__name__}: {' '.join(str(e).split())})") from e
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise FedpipeError(f"{path}: no {wanted} {name!r}; the file has {', '.join(public) or 'nothing'}")
+    return getattr(module, name)
