@@ -76,6 +76,7 @@ def _cells(r: Row) -> dict[str, str]:
         "Left out": amount(r["left_out"]),
         "Idle rounds": f"{amount(r['idle_rounds'])} of {amount(r['rounds'])}",
         "Failed updates": amount(r["failed_updates"]),
+        "Platforms": amount(r["platforms"]),
         "Payload up / down (MiB)": _pair(r, "payload"),
         "Headers up / down (MiB)": _pair(r, "header"),
         "Predicted peak (MiB)": mib(r["predicted_peak"]),
@@ -85,7 +86,8 @@ def _cells(r: Row) -> dict[str, str]:
 def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
     """The final table as text, with measured peaks and time where observations are given.
 
-    "Personal" stands there only when some method has personal models, "Failed updates" only when some failed.
+    "Personal" stands there only when some method has personal models, "Failed updates" only when some failed, and
+    "Platforms" only when a run went on where another platform gives other bits.
     """
     rows = [_cells(r) for r in table.to_pylist()]
     if observed is not None:
@@ -96,7 +98,7 @@ def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
             cells["Measured peak (MiB)"] = mib(o.get("measured_peak"))
             cells["Measured / predicted"] = "" if ratio is None else f"{ratio:.3f}"
             cells["Time (s)"] = "" if seconds is None else f"{seconds:.1f}"
-    optional = {"Personal (%)": "", "Failed updates": "0"}
+    optional = {"Personal (%)": "", "Failed updates": "0", "Platforms": "1"}
     headers = [h for h in rows[0] if h not in optional or any(r[h] != optional[h] for r in rows)]
     return Shown(headers, [[r[h] for h in headers] for r in rows])
 

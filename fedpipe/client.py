@@ -75,6 +75,8 @@ class Loop:
                 held = [*at.values(), *(v for s in carried.values() for v in s.values() if isinstance(v, Tensor))]
                 with self.probe(index, held):
                     at, carried, losses = PhaseRun(self.method, self.local, clients, phase, index).run(at, carried)
+                after = plan.phases[index + 1].live if phase.carry and index + 1 < len(plan.phases) else ()
+                carried = {n: s for n, s in carried.items() if matches(n, after)}
                 for mine, got in zip(phases, losses, strict=True):
                     mine.append(got)
         return [self._end(c, plan, at if not stacked else pick(at, i), phases[i]) for i, c in enumerate(clients)]

@@ -7,18 +7,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedpipe.errors import FedpipeError
 from fedpipe.io import canonical, digest
+from fedpipe.studyfile import read
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_bytes(text: str | int) -> int:
     """Bytes of `5MiB`, `1.5 GB` or a plain number."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", str(text))
     if not found or found[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no size; write bytes, or a number with one of KiB MiB GiB KB MB GB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
@@ -33,7 +33,16 @@ def _ascending(value: dict[Any, int]) -> dict[Any, int]:
     return dict(sorted(value.items()))
 
 
-Positive = Annotated[int, Field(ge=1)]
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("wanted a number")  # to Python and to pydantic, true is 1
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_number)]
+Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Width = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Typed(BaseModel):
@@ -48,11 +57,11 @@ class Partition(_Typed):
         description="iid, dirichlet, dir, balanced-dir, shards, natural, or the class path of a Flower partitioner",
     )
     clients: Positive = 10
-    alpha: Annotated[float, Field(gt=0)] = 0.3
+    alpha: Annotated[Real, Field(gt=0)] = 0.3
     shards: Positive = Field(2, description="shards per client (kind: shards)")
-    min_samples: int = Field(2, ge=1, description="every client gets at least so many rows")
+    min_samples: Positive = Field(2, description="every client gets at least so many rows")
     column: str | None = Field(None, description="column of natural client ids (kind: natural)")
-    val: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    val: Annotated[Real, Field(ge=0, lt=1)] = 0.0
     settings: dict[str, Any] = Field({}, description="keywords of a partitioner given by class path")
 
 
@@ -73,9 +82,9 @@ class Data(_Typed):
 
 class Optimizer(_Typed):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr: Annotated[Real, Field(gt=0)] = 0.05
+    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
 
 
 class Local(_Typed):
@@ -88,10 +97,10 @@ class Local(_Typed):
 class Budgets(_Typed):
     """Clients per budget: the first clients have the smallest, however the keys are ordered. No key: no limits."""
 
-    bytes: Annotated[dict[int, Positive], BeforeValidator(_bytes_keys), AfterValidator(_ascending)] | None = Field(
+    bytes: Annotated[dict[Positive, Positive], BeforeValidator(_bytes_keys), AfterValidator(_ascending)] | None = Field(
         None, description="{5MiB: 10, ...}"
     )
-    like_width: Annotated[dict[float, Positive], AfterValidator(_ascending)] | None = Field(
+    like_width: Annotated[dict[Width, Positive], AfterValidator(_ascending)] | None = Field(
         None, description="what training the width-r model needs: {0.5: 10, ...}"
     )
 
@@ -156,12 +165,12 @@ class _Shared(_Typed):
     evaluate: Evaluate = Evaluate()
     precision: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    stack: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    stack: Literal["auto"] | Positive = Field(
         "auto", description="most clients trained as one batched program (decides bits); auto: by shapes and device"
     )
     threads: Positive = Field(1, description="threads of a job; part of the platform, as other counts give other bits")
     measure: Literal["witness", "all"] = Field("witness", description="whose peak memory is measured while training")
-    margin: Annotated[float, Field(ge=0)] = Field(
+    margin: Annotated[Real, Field(ge=0)] = Field(
         0.05, description="share of a budget kept free above the predicted peak"
     )
     platform: Literal["same", "any"] = Field(
@@ -186,8 +195,8 @@ class Study(_Shared):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     methods: Annotated[list[MethodSpec], BeforeValidator(_methods), Field(min_length=1)]
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
-    paper: dict[str, float] = Field({}, description="published accuracy by method, shown beside ours")
+    seeds: Annotated[list[Whole], Field(min_length=1)] = [0]
+    paper: dict[str, Annotated[Real, Field(ge=0, le=1)]] = Field({}, description="published accuracy by method, shown beside ours")
 
     def runs(self) -> list["Run"]:
         shared = {k: getattr(self, k) for k in _Shared.model_fields}
@@ -198,7 +207,7 @@ class Run(_Shared):
     """One (method, setting, seed) of a study; its folder is named by its content."""
 
     method: MethodSpec
-    seed: int
+    seed: Whole
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -222,7 +231,8 @@ class Run(_Shared):
 
 
 def setting_label(method: MethodSpec) -> str:
-    short = Path(method.name.split(":")[0]).stem if ":" in method.name else method.name
+    file, _, record = method.name.partition(":")
+    short = Path(file).stem + (f":{record}" if record not in ("", "method") else "")
     settings = ", ".join(f"{k}={v}" for k, v in sorted(method.settings.items()))
     return f"{short} ({settings})" if settings else short
 

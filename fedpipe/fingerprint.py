@@ -4,7 +4,7 @@ round. Paths, segment lengths, observations and pictures do not enter it."""
 from pathlib import Path
 
 from fedpipe.errors import FedpipeError
-from fedpipe.io import canonical, digest
+from fedpipe.io import digest
 from fedpipe.results import load
 from fedpipe.steps import content
 
@@ -23,7 +23,7 @@ def fingerprint(out: Path) -> str:
     for folder in runs:
         results = load(folder)
         parts += [f"{folder.name}/{t} {content(folder / f'{t}.parquet')}" for t in _TABLES]
-        parts += [canonical(results.rounds), canonical(results.curve)]
+        parts += [repr(results.rounds), repr(results.curve)]
         last = f"{results.run.rounds:06d}"
         for kind in ("state", "own"):
             parts += [f"{kind}/{p.name} {content(p)}" for p in sorted((folder / kind / last).glob("*.safetensors"))]

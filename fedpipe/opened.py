@@ -54,12 +54,11 @@ class Opened:
         self.rounds = Rounds(self.rt, self.plans, predicted, self.route, self.training, budgets)
         self.planned = io.table_meta(table)
         made = provenance("segment", run, [data, partition, plans, route])
-        self.meta = {**made, "step": "rounds", **{k: self.planned[k] for k in ("method", "label", "seed", "platform")}}
+        self.meta = {**made, "step": "rounds", **{k: self.planned[k] for k in ("method", "label", "seed")}}
+        self.meta["platform"] = machine.describe(run)
+        machine.check(run, self.planned["platform"])
         self.log_rows: Rows = []
         self.seconds: Rows = []
-
-    def check_platform(self, meta: dict[str, Any]) -> None:
-        machine.check(self.run, meta["platform"])
 
     def needed(self, t: int) -> set[str]:
         return needed_states(self.route, t)

@@ -80,7 +80,7 @@ class PhaseRun:
             if value is not None:
                 last = torch.where(self._running(step, value), value, last) if step else value
                 first = first if step else value
-        carry = {n: dict(opt.state[leaf]) for n, leaf in leaves.items()} if self.phase.carry else {}
+        carry = {n: dict(opt.state[leaf]) for n, leaf in leaves.items()}
         at = {**at, **{n: leaf.detach() for n, leaf in leaves.items()}}
         pairs = zip(first, last, strict=True) if self.stacked else [(first, last)]
         return at, carry, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]

@@ -34,7 +34,7 @@ class RunResults:
 
     folder: Path
     run: Run
-    platform: Any
+    platforms: tuple[str, ...]  # state 0's first
     rounds: list[Row]
     curve: list[Row]
     metrics: list[Row]
@@ -81,7 +81,7 @@ def load(folder: Path) -> RunResults:
     return RunResults(
         folder=folder,
         run=run,
-        platform=table_meta(metrics, str(folder / "metrics.parquet")).get("platform"),
+        platforms=_platforms([folder / "plans.parquet", *rounds]),
         rounds=_series(rounds),
         curve=_series(curve),
         metrics=metrics.to_pylist(),
@@ -106,12 +106,20 @@ def load_all(study: Study, folders: list[Path]) -> list[RunResults]:
     return [found[name] for name in wanted]
 
 
+def _platforms(files: list[Path]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(table_meta(read_table(f), str(f)).get("platform", "") for f in files))
+
+
 def _series(files: Iterable[Path]) -> list[Row]:
     """Rows of per-segment files by round. Files of another segment length may overlap: a round is read from the
-    last file that has it, since the file of the last state is always of the newest run."""
+    last file that has it, since the file of the last state is always of the newest run; files of an older run, with
+    another key, are passed over."""
     by_round: dict[int, list[Row]] = {}
-    for file in files:
-        rows = read_table(file).to_pylist()
+    tables = [(table, table_meta(table).get("key")) for table in map(read_table, files)]
+    for table, key in tables:
+        if key != tables[-1][1]:
+            continue
+        rows = table.to_pylist()
         by_round.update({t: [] for t in {r["round"] for r in rows}})
         for row in rows:
             by_round[row["round"]].append(row)
@@ -161,6 +169,7 @@ def summary(run: RunResults) -> Row:
         "taking_part": len(clients) - len(run.left_out),
         "left_out": len(run.left_out),
         "rounds": run.run.rounds,
+        "platforms": len(run.platforms),
         "idle_rounds": run.idle,
         "failed_updates": len({(r["round"], r["client"], r["part"]) for r in run.rounds if r["failed"]}),
         "predicted_peak": max(peaks, default=None),

@@ -27,10 +27,10 @@ def write_owns(folder: Path, owns: dict[int, tuple[int, Tensors | Path]], meta: 
                 io.write_tensors(target, kept, {"client": client, "round": last})
 
 
-def read_world(state: Path, own: Path) -> tuple[World, int, dict[str, Any]]:
-    """The world of two folders, the round it stands at, and the metadata of its states."""
+def read_world(state: Path, own: Path) -> tuple[World, int]:
+    """The world of two folders, and the round it stands at."""
     states: dict[str, Tensors] = {}
-    round, meta = 0, dict[str, Any]()
+    round = 0
     for path in _files(state):
         tensors, meta = io.read_tensors(path)
         states[path.stem], round = tensors, meta["round"]
@@ -40,7 +40,7 @@ def read_world(state: Path, own: Path) -> tuple[World, int, dict[str, Any]]:
     for path in _files(own):
         client, last = path.stem.split("@")
         owns[int(client)] = (int(last), path)
-    return World(states, owns), round, meta
+    return World(states, owns), round
 
 
 def _files(folder: Path) -> list[Path]:

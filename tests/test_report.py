@@ -16,7 +16,7 @@ from scipy import stats
 from fedpipe import cells, terminal
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
-from fedpipe.io import read_table, write_table, write_text
+from fedpipe.io import read_table, table_meta, write_table, write_text
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.plan_picture import Group, groups
 from fedpipe.results import curves, load, load_all, observed, summary
@@ -90,7 +90,7 @@ def write_run(paths: RunPaths) -> None:
         "method": run.method.name,
         "label": run.label,
         "seed": run.seed,
-        "platform": {"torch": "2.13", "device": "cpu"},
+        "platform": "torch 2.13, cpu AVX512, threads 1",
     }
     plans, assignment = [], []
     for g, budget in enumerate(BLOCKS):
@@ -234,8 +234,16 @@ def test_overlapping_files_of_rounds_count_once(tmp_path: Path) -> None:
     paths = write_study(tmp_path, small_study([0], methods=["fedepth"])).runs[0]
     before = summary(load(paths.folder))
     both = pa.concat_tables([read_table(paths.rounds(2)), read_table(paths.rounds(4))])
-    write_table(paths.rounds(4), both, {})
+    meta = table_meta(read_table(paths.rounds(4)))
+    write_table(paths.rounds(4), both, meta)
     assert summary(load(paths.folder)) == before
+
+
+def test_rounds_of_an_older_run_are_passed_over(tmp_path: Path) -> None:
+    paths = write_study(tmp_path, small_study([0], methods=["fedepth"])).runs[0]
+    older = table_meta(read_table(paths.rounds(2))) | {"key": "of an older run"}
+    write_table(paths.rounds(2), read_table(paths.rounds(2)), older)
+    assert {r["round"] for r in load(paths.folder).rounds} == {3}
 
 
 def test_bytes_of_a_curve_are_those_sent_before_its_state(made: StudyPaths) -> None:

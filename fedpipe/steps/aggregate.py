@@ -21,8 +21,7 @@ def run(
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
-    world, t, meta = read_world(state, own)
-    opened.check_platform(meta)
+    world, t = read_world(state, own)
     points = [opened.point(0, world)] if t == 0 else []
     metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]] = {}
     for folder in trained:

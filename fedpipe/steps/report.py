@@ -134,14 +134,10 @@ def _versions(runs: list[RunResults]) -> str:
             rows.append((name, version(name)))
         except PackageNotFoundError:
             rows.append((name, "not installed"))
-    said = dict.fromkeys(_as_text(r.platform) for r in runs if r.platform is not None)
+    said = dict.fromkeys(p for r in runs for p in r.platforms)
     rows += [("trained on", text) for text in said]
     body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in rows)
     return f'<div class="wide"><table class="facts"><tbody>{body}</tbody></table></div>'
-
-
-def _as_text(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _again(study: Study) -> str:

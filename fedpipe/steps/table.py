@@ -17,7 +17,7 @@ from fedpipe.results import BYTES, Row, RunResults, client_accuracies, curves, l
 from fedpipe.steps import measured, provenance
 
 SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
-AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "idle_rounds", "failed_updates")
+AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates")
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:

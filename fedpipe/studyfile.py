@@ -1,0 +1,71 @@
+"""Study files as text: YAML with every key once, `1e-3` a number as in YAML 1.2, and every number finite."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedpipe.errors import FedpipeError
+
+_POWER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # text to YAML 1.1 and to the library
+
+
+class _Loader(yaml.SafeLoader):
+    """The plain loader, but a key that stands twice is an error: silently, the second would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode) and k.value != "<<"]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, ValueError) as e:
+        raise FedpipeError(f"{where}: not readable as YAML ({' '.join(str(e).split())[:200]})") from e
+
+
+def _numbers(value: Any, at: str, where: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers(v, f"{at}.{k}" if at else str(k), where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v, f"{at}.{i}", where) for i, v in enumerate(value)]
+    if isinstance(value, str) and _POWER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FedpipeError(f"{where}: {at}: wanted a finite number (got {value})")
+    return value
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    path, eq, text = item.partition("=")
+    if not eq or not path:
+        raise FedpipeError(f"--set {item}: wanted key=value")
+    *parents, last = path.split(".")
+    node = raw
+    for p in parents:
+        node = node.setdefault(p, {})
+        if not isinstance(node, dict):
+            raise FedpipeError(f"--set {item}: {p} is not a group of keys")
+    node[last] = _parse(text, f"--set {item}")
+
+
+def read(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The keys of a study file, each override `dotted.key=value` (its value read as YAML) in place of the file's own.
+
+    Raises FedpipeError, naming the file and key, for what cannot be read.
+    """
+    if not path.is_file():
+        known = sorted(p.as_posix() for p in Path("workflows/studies").glob("*.yaml"))
+        raise FedpipeError(f"{path}: no such study file; here are {', '.join(known) or 'none'}")
+    raw = _parse(path.read_bytes(), str(path))
+    if not isinstance(raw, dict):
+        raise FedpipeError(f"{path}: wanted a group of keys (name, data, model, methods, ...)")
+    for item in overrides:
+        _override(raw, item)
+    return {k: _numbers(v, str(k), str(path)) for k, v in raw.items()}
