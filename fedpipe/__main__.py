@@ -4,9 +4,11 @@ import argparse
 import importlib
 import inspect
 import sys
+import sysconfig
+import traceback
 import types
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 from fedpipe.errors import FedpipeError
 from fedpipe.steps import STEPS
@@ -22,8 +24,13 @@ def _step_options(parser: argparse.ArgumentParser, run: Any) -> None:
                             nargs="*" if several else None, default=None if needed else p.default)  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FedpipeError(f"{message}; see {self.prog} --help")
+
+
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fedpipe", description=__doc__)
+    parser = _Parser(prog="fedpipe", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
     study = commands.add_parser("run", help="run a study in this process")
@@ -69,8 +76,16 @@ def _dispatch(args: argparse.Namespace) -> None:
         print_table(args.out / "table.parquet")
 
 
+def _where(error: BaseException) -> str:
+    """The innermost line that is no library's: what a user can look at."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib"))
+    last = ([f for f in frames if Path(f.filename).is_file() and not f.filename.startswith(libraries)] or frames)[-1]
+    return f"{last.filename}, line {last.lineno}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; a FedpipeError is one line on standard error and exit status 2."""
+    """Run a command. Every error is one line on standard error: exit status 2 for bad input, 1 for a fault in code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     argv = [a for a in argv if a != "--debug"]
@@ -89,6 +104,12 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fedpipe: error: {e.filename or 'file system'}: {e.strerror or e}", file=sys.stderr)
         return 2
+    except Exception as e:  # in a user's own file, or ours: where it happened is what can be said in one line
+        if debug:
+            raise
+        text = " ".join(str(e).split())
+        print(f"fedpipe: error: {_where(e)}: {type(e).__name__}: {text} (--debug shows all)", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -80,7 +80,12 @@ def check(update: Tensors, state: Tensors, plan: Plan, who: str) -> None:
     for name, t in update.items():
         if name.startswith(PRIVATE):
             raise FedpipeError(f"{who}: {name} is private and must not be sent")
-        if name in state and tuple(t.shape) != shape(name):
-            raise FedpipeError(f"{who}: {name} has shape {tuple(t.shape)}, wanted {shape(name)}")
+        known = name if name in state else name.removeprefix("mask/")
+        if known not in state and known.startswith("model/"):
+            raise FedpipeError(f"{who}: {name} is no tensor of the state it started from")
+        if known in state and tuple(t.shape) != shape(known):
+            raise FedpipeError(f"{who}: {name} has shape {tuple(t.shape)}, wanted {shape(known)}")
+        if name in state and t.dtype != state[name].dtype:
+            raise FedpipeError(f"{who}: {name} is {t.dtype}, wanted {state[name].dtype}")
         if t.is_floating_point() and not bool(torch.isfinite(t).all()):
             raise FedpipeError(f"{who}: {name} holds values that are not finite")

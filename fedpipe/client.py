@@ -33,7 +33,7 @@ class Client:
     at: Tensors  # received `in/*`, `re/*` and own `own/*` names
     batches: Callable[[Phase, int], list[Any]]
     load: Callable[[Any, int], Batch]  # (rows, padded size) -> batch
-    noise: Callable[[int], np.random.Generator]  # of the draws of a phase
+    noise: Callable[[int, int], np.random.Generator]  # (phase, step) -> its draws; padding draws after the rows
     seed: int = 0  # of layers that draw by themselves
 
 

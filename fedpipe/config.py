@@ -4,6 +4,7 @@ Importing this module loads neither torch nor datasets nor matplotlib: the Snake
 """
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,10 +40,9 @@ def _number(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_number)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(_number)]
-Real = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
-Width = Annotated[float, Field(gt=0, le=1)]
+NUMBER = BeforeValidator(_number)
+Positive = Annotated[int, Field(ge=1), NUMBER]
+Width = Annotated[float, Field(gt=0, le=1), NUMBER]
 
 
 class _Typed(BaseModel):
@@ -57,11 +57,11 @@ class Partition(_Typed):
         description="iid, dirichlet, dir, balanced-dir, shards, natural, or the class path of a Flower partitioner",
     )
     clients: Positive = 10
-    alpha: Annotated[Real, Field(gt=0)] = 0.3
+    alpha: Annotated[float, Field(gt=0), NUMBER] = 0.3
     shards: Positive = Field(2, description="shards per client (kind: shards)")
     min_samples: Positive = Field(2, description="every client gets at least so many rows")
     column: str | None = Field(None, description="column of natural client ids (kind: natural)")
-    val: Annotated[Real, Field(ge=0, lt=1)] = 0.0
+    val: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
     settings: dict[str, Any] = Field({}, description="keywords of a partitioner given by class path")
 
 
@@ -82,9 +82,9 @@ class Data(_Typed):
 
 class Optimizer(_Typed):
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[Real, Field(gt=0)] = 0.05
-    momentum: Annotated[Real, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[Real, Field(ge=0)] = 0.0
+    lr: Annotated[float, Field(gt=0), NUMBER] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.0
 
 
 class Local(_Typed):
@@ -170,7 +170,7 @@ class _Shared(_Typed):
     )
     threads: Positive = Field(1, description="threads of a job; part of the platform, as other counts give other bits")
     measure: Literal["witness", "all"] = Field("witness", description="whose peak memory is measured while training")
-    margin: Annotated[Real, Field(ge=0)] = Field(
+    margin: Annotated[float, Field(ge=0), NUMBER] = Field(
         0.05, description="share of a budget kept free above the predicted peak"
     )
     platform: Literal["same", "any"] = Field(
@@ -195,8 +195,18 @@ class Study(_Shared):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     methods: Annotated[list[MethodSpec], BeforeValidator(_methods), Field(min_length=1)]
-    seeds: Annotated[list[Whole], Field(min_length=1)] = [0]
-    paper: dict[str, Annotated[Real, Field(ge=0, le=1)]] = Field({}, description="published accuracy by method, shown beside ours")
+    seeds: Annotated[list[Annotated[int, NUMBER]], Field(min_length=1)] = [0]
+    paper: dict[str, Annotated[float, NUMBER]] = Field(
+        {}, description="published accuracy by method, shown beside ours"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Study":
+        listed: dict[str, list[Any]] = {"methods": [setting_label(m) for m in self.methods], "seeds": self.seeds}
+        for key, values in listed.items():
+            if twice := [v for v in values if values.count(v) > 1]:
+                raise ValueError(f"{key}: {twice[0]} stands there twice")
+        return self
 
     def runs(self) -> list["Run"]:
         shared = {k: getattr(self, k) for k in _Shared.model_fields}
@@ -207,7 +217,7 @@ class Run(_Shared):
     """One (method, setting, seed) of a study; its folder is named by its content."""
 
     method: MethodSpec
-    seed: Whole
+    seed: Annotated[int, NUMBER]
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -237,52 +247,60 @@ def setting_label(method: MethodSpec) -> str:
     return f"{short} ({settings})" if settings else short
 
 
+_INNER = re.compile(r"function-|constrained-|literal\[|\[key\]|int$|float$")  # pydantic's names of parts of a type
+
+
 def _one_line(error: ValidationError, where: str) -> FedpipeError:
-    e = error.errors()[0]
-    at = ".".join(str(p) for p in e["loc"] if not str(p).startswith("function-"))
-    message = "unknown key" if e["type"] == "extra_forbidden" else e["msg"].removeprefix("Value error, ")
-    got = (
-        "" if e["type"] in ("extra_forbidden", "missing") or isinstance(e["input"], dict) else f" (got {e['input']!r})"
-    )
-    return FedpipeError(f"{where}: {at + ': ' if at else ''}{message}{got}")
+    def at(e: Any) -> str:
+        return ".".join(str(p) for p in e["loc"] if not _INNER.match(str(p)))
 
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`rounds=3 local.optimizer.lr=0.1`: each value is read as YAML and put at its dotted key."""
-    for item in overrides:
-        path, eq, text = item.partition("=")
-        if not eq or not path:
-            raise FedpipeError(f"--set {item}: wanted key=value")
-        *parents, last = path.split(".")
-        node = raw
-        for p in parents:
-            node = node.setdefault(p, {})
-            if not isinstance(node, dict):
-                raise FedpipeError(f"--set {item}: {p} is not a group of keys")
-        node[last] = yaml.safe_load(text)
-    return raw
+    first, *others = error.errors()
+    wanted = [first["msg"], *(e["msg"] for e in others if at(e) == at(first))]  # one for each kind a value may have
+    message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in wanted))
+    if first["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif first["type"] != "missing" and not isinstance(first["input"], dict | BaseModel):
+        message += f" (got {reprlib.repr(first['input'])})"
+    return FedpipeError(f"{where}: {at(first) + ': ' if at(first) else ''}{message}")
 
 
 def load_study(path: Path, overrides: list[str] | None = None, methods: list[str] | None = None) -> Study:
-    """Read and check a study file; one-line errors name file and key."""
-    if not path.is_file():
-        known = sorted(p.as_posix() for p in Path("workflows/studies").glob("*.yaml"))
-        raise FedpipeError(f"{path}: no such study file; here are {', '.join(known) or 'none'}")
+    """Read and check a study file, with `methods` of it or of the package instead of its own.
+
+    Raises FedpipeError naming file and key, also for methods and models that the package does not have.
+    """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as e:
-        raise FedpipeError(f"{path}: not readable as YAML ({' '.join(str(e).split())})") from e
-    if not isinstance(raw, dict):
-        raise FedpipeError(f"{path}: wanted a group of keys (name, data, model, methods, ...)")
-    raw = apply_overrides(raw, overrides or [])
-    try:
-        study = Study.model_validate(raw)
+        study = Study.model_validate(read(path, overrides or []))
+        _check_names(study, path)
+        if methods:
+            chosen = [m for name in methods for m in _chosen(study, name)]
+            names = {n for m in chosen for n in (m.name, setting_label(m))}
+            paper = {k: v for k, v in study.paper.items() if k in names}
+            study = Study.model_validate({**study.model_dump(), "methods": chosen, "paper": paper})
+            _check_names(study, path)
     except ValidationError as e:
         raise _one_line(e, str(path)) from None
-    if methods:
-        chosen = {m.name: m for m in study.methods}
-        study = study.model_copy(update={"methods": [chosen.get(m, MethodSpec(name=m)) for m in methods]})
     return study
+
+
+def _chosen(study: Study, name: str) -> list[MethodSpec]:
+    return [m for m in study.methods if m.name == name] or [MethodSpec(name=name)]
+
+
+def _check_names(study: Study, path: Path) -> None:
+    """Methods, model and published accuracies, before anything is made."""
+    from fedpipe import methods, models  # which need this module
+
+    named = [("methods", m.name, methods.known()) for m in study.methods]
+    for key, name, known in [*named, ("model", study.model.name, sorted(models.REGISTRY))]:
+        if ".py:" not in name and name not in known:
+            there = ", ".join(known)
+            raise FedpipeError(f"{path}: {key}: {name!r} is not known; there are {there}, or ./file.py:name")
+    names = {n for m in study.methods for n in (m.name, setting_label(m))}
+    for name, value in study.paper.items():
+        if name not in names or not 0 <= value <= 1:
+            wanted = "wanted one of the study's methods and an accuracy in 0..1"
+            raise FedpipeError(f"{path}: paper.{name}: {wanted} (got {value})")
 
 
 def load_run(path: Path) -> Run:
@@ -290,6 +308,6 @@ def load_run(path: Path) -> Run:
     if not path.is_file():
         raise FedpipeError(f"{path}: no such run file")
     try:
-        return Run.model_validate_json(path.read_text())
+        return Run.model_validate_json(path.read_bytes())
     except ValidationError as e:
         raise _one_line(e, str(path)) from None

@@ -70,7 +70,7 @@ def verify(raw: bytes | mmap.mmap, name: str) -> None:
         checksum.update(view[m.end() :])
         if checksum.hexdigest() == m.group(1).decode():
             return
-    raise Damaged(f"{name}: damaged or cut short (its checksum does not fit); delete it and run again")
+    raise Damaged(f"{name}: damaged, cut short or not written by fedpipe (no checksum fits); delete it and run again")
 
 
 def _meta(meta: Mapping[str, Any], content: str) -> str:
@@ -120,8 +120,12 @@ def decode(image: bytes, name: str = "message") -> "tuple[Tensors, Meta]":
 def image_meta(image: bytes, name: str = "message") -> Meta:
     """The metadata of a tensor image, the whole of it checked."""
     verify(image, name)
-    header = json.loads(image[8 : header_bytes(image)])
-    return _checked(json.loads(header["__metadata__"]["fedpipe"]), name)
+    try:
+        header = json.loads(image[8 : header_bytes(image)])
+        meta = json.loads(header["__metadata__"]["fedpipe"])
+    except (ValueError, LookupError, TypeError) as e:
+        raise FedpipeError(f"{name}: not readable as safetensors with fedpipe's metadata; run its step again") from e
+    return _checked(meta, name)
 
 
 def write_tensors(path: Path, tensors: "Tensors", meta: Mapping[str, Any]) -> None:
@@ -164,9 +168,17 @@ def read_table(path: Path) -> pa.Table:
     """A checked table; its `fedpipe` metadata is read with `table_meta`."""
     raw = _read(path)
     verify(raw, str(path))
-    if path.suffix == ".arrow":
-        return pa.ipc.open_file(pa.BufferReader(raw)).read_all()
-    return pq.read_table(pa.BufferReader(raw))
+    return _table(pa.py_buffer(raw), path)
+
+
+def _table(raw: pa.Buffer, path: Path) -> pa.Table:
+    source, kind = pa.BufferReader(raw), "Arrow" if path.suffix == ".arrow" else "Parquet"
+    try:
+        table = pa.ipc.open_file(source).read_all() if kind == "Arrow" else pq.read_table(source)
+    except pa.ArrowException as e:
+        raise FedpipeError(f"{path}: not readable as {kind}; run its step again") from e
+    table_meta(table, str(path))
+    return table
 
 
 def map_arrow(path: Path) -> pa.Table:
@@ -176,15 +188,18 @@ def map_arrow(path: Path) -> pa.Table:
     """
     _exists(path)
     if not path.stat().st_size:
-        raise Damaged(f"{path}: damaged or cut short (it is empty); delete it and run again")
+        raise Damaged(f"{path}: damaged or cut short, it is empty; delete it and run again")
     with open(path, "rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     verify(mapped, str(path))
-    return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped))).read_all()
+    return _table(pa.py_buffer(mapped), path)
 
 
 def table_meta(table: pa.Table, name: str = "table") -> Meta:
-    return _checked(json.loads((table.schema.metadata or {})[b"fedpipe"]), name)
+    found = (table.schema.metadata or {}).get(b"fedpipe")
+    if found is None:
+        raise FedpipeError(f"{name}: no table of fedpipe, it lacks the metadata; run its step again")
+    return _checked(json.loads(found), name)
 
 
 def read_meta(path: Path) -> Meta:
@@ -223,7 +238,7 @@ def write_bytes(path: Path, raw: bytes, durable: bool = True) -> None:
                 os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
-        raise FedpipeError(f"{path}: could not be written ({e.strerror})") from e
+        raise FedpipeError(f"{path}: could not be written ({e.strerror or e})") from e
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -240,13 +255,25 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        _replace_folder(temporary, path)
     except OSError as e:
-        raise FedpipeError(f"{path}: could not be written ({e.strerror})") from e
+        raise FedpipeError(f"{path}: could not be written ({e.strerror or e})") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """The old folder steps aside whole: deleted in place, a kill would leave half of it, which reads as a whole one."""
+    old = _temporary(path)
+    if path.is_dir():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if old.is_dir():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def link(source: Path, target: Path) -> None:

@@ -65,11 +65,11 @@ class PhaseRun:
         self.counts = [len(r) for r in self.rows]
         lr = clients[0].ctx.lr * phase.lr
         self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=max(self.counts))
-        self.gens = [c.noise(index) for c in clients]
+        self.index = index
         self.ask = True
 
     def run(self, at: Tensors, carried: Slots) -> tuple[Tensors, Slots, list]:
-        live = [n for n in at if matches(n, self.phase.live)]
+        live = [n for n in at if matches(n, self.phase.live) and self._trainable(n, at[n])]
         if not live:
             raise FedpipeError(f"phase {self.phase.name}: no name fits live = {', '.join(self.phase.live)}")
         leaves = {n: at[n].detach().requires_grad_() for n in live}
@@ -85,11 +85,15 @@ class PhaseRun:
         pairs = zip(first, last, strict=True) if self.stacked else [(first, last)]
         return at, carry, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
 
+    def _trainable(self, name: str, tensor: Tensor) -> bool:
+        assert self.ctx.chain is not None
+        return tensor.is_floating_point() and name.split("/")[-1] not in self.ctx.chain.buffer_names
+
     def _step(
         self, step: int, at: Tensors, leaves: Tensors, opt: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensor | None]:
         batch = self._batch(step)
-        at = {**at, **self._draw(at, batch)}
+        at = {**at, **self._draw(step, at, batch)}
         value, changed, grads = self._gradient(at, batch, leaves)
         d, more = self._direction(at, batch, leaves, grads)
         changed = {**changed, **more}
@@ -121,13 +125,14 @@ class PhaseRun:
         parts = [c.load(r, size) for c, r in zip(self.clients, rows, strict=True)]
         return {k: torch.stack([p[k] for p in parts]) for k in parts[0]} if self.stacked else parts[0]
 
-    def _draw(self, at: Tensors, batch: Batch) -> Tensors:
+    def _draw(self, step: int, at: Tensors, batch: Batch) -> Tensors:
         draw = self.method.draw
         if draw is None:
             return {}
+        gens = [c.noise(self.index, step) for c in self.clients]
         if not self.stacked:
-            return draw(self.gens[0], at, batch, self.ctx)
-        each = [draw(g, pick(at, i), pick(batch, i), self.ctx) for i, g in enumerate(self.gens)]
+            return draw(gens[0], at, batch, self.ctx)
+        each = [draw(g, pick(at, i), pick(batch, i), self.ctx) for i, g in enumerate(gens)]
         return {n: torch.stack([e[n] for e in each]) for n in each[0]}
 
     def _loss(self, at: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:

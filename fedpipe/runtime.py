@@ -135,7 +135,7 @@ class Runtime:
             at=at,
             batches=batches,
             load=self.load,
-            noise=lambda index: rng(seed, t, i, f"{ctx.role}/draw/{index}"),
+            noise=lambda index, step: rng(seed, t, i, f"{ctx.role}/draw/{index}/{step}"),
             seed=key(seed, t, i, f"{ctx.role}/layers") % 2**63,
         )
 

@@ -27,20 +27,42 @@ def write_owns(folder: Path, owns: dict[int, tuple[int, Tensors | Path]], meta: 
                 io.write_tensors(target, kept, {"client": client, "round": last})
 
 
-def read_world(state: Path, own: Path) -> tuple[World, int]:
-    """The world of two folders, and the round it stands at."""
+def read_world(state: Path, own: Path, like: Tensors | None = None) -> tuple[World, int]:
+    """The world of two folders, and the round it stands at.
+
+    Raises FedpipeError, naming the file, unless every state is the one its name says, of that round, finite, and has
+    the names, shapes and types of `like` (state 0).
+    """
     states: dict[str, Tensors] = {}
-    round = 0
+    rounds = set[int]()
     for path in _files(state):
-        tensors, meta = io.read_tensors(path)
-        states[path.stem], round = tensors, meta["round"]
-    if not states:
-        raise FedpipeError(f"{state}: no state in this folder; wanted node@version.safetensors")
+        states[path.stem], meta = io.read_tensors(path)
+        _check(path, states[path.stem], meta, like)
+        rounds.add(meta["round"])
+    if len(rounds) != 1:
+        found = f"states of rounds {', '.join(map(str, sorted(rounds)))}" if rounds else "no state"
+        raise FedpipeError(f"{state}: {found} in this folder; wanted node@version.safetensors of one round")
     owns: dict[int, tuple[int, Tensors | Path]] = {}
     for path in _files(own):
-        client, last = path.stem.split("@")
+        client, _, last = path.stem.partition("@")
+        if not (client.isdecimal() and last.isdecimal()):
+            raise FedpipeError(f"{path}: no name of an own file; wanted client@round.safetensors")
         owns[int(client)] = (int(last), path)
-    return World(states, owns), round
+    return World(states, owns), rounds.pop()
+
+
+def _check(path: Path, tensors: Tensors, meta: dict[str, Any], like: Tensors | None) -> None:
+    if meta.get("state") != path.stem or not isinstance(meta.get("round"), int):
+        found = f"state {meta.get('state')} of round {meta.get('round')}"
+        raise FedpipeError(f"{path}: holds {found}, which is not what its name says")
+    if like is not None and (other := sorted(tensors.keys() ^ like.keys())):
+        raise FedpipeError(f"{path}: {other[0]} is {'not wanted' if other[0] in tensors else 'missing'}")
+    for name, t in tensors.items():
+        if like is not None and (t.shape, t.dtype) != (like[name].shape, like[name].dtype):
+            found, wanted = (f"{tuple(x.shape)} {x.dtype}" for x in (t, like[name]))
+            raise FedpipeError(f"{path}: {name} is {found}, wanted {wanted}")
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise FedpipeError(f"{path}: {name} holds values that are not finite")
 
 
 def _files(folder: Path) -> list[Path]:

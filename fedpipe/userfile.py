@@ -13,6 +13,8 @@ def load_attribute(spec: str, wanted: str) -> Any:
     """The object `name` of `path/file.py:name`; FedpipeError names the file and what it holds instead."""
     path_text, _, name = spec.rpartition(":")
     path = Path(path_text)
+    if not path_text or not name:
+        raise FedpipeError(f"{spec}: there is no file or no name in it; wanted ./file.py:{wanted}")
     if not path.is_file():
         raise FedpipeError(f"{spec}: no file {path} (looked in {Path.cwd()})")
     module_name = f"fedpipe_user_{hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()}"
@@ -22,7 +24,7 @@ def load_attribute(spec: str, wanted: str) -> Any:
     sys.modules[module_name] = module
     try:
         found.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         del sys.modules[module_name]
         raise FedpipeError(f"{path}: could not be imported ({type(e).__name__}: {' '.join(str(e).split())})") from e
     if not hasattr(module, name):

@@ -48,3 +48,9 @@ TINY: dict[str, Any] = {
 def tiny_study() -> Callable[..., Study]:
     """`tiny_study(rounds=3, ...)`: an MLP on a few digits, six clients, three a round; keywords replace its keys."""
     return lambda **keys: Study.model_validate({**TINY, **keys})
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One results folder for all studies of a test process: content names keep them apart, data is decoded once."""
+    return tmp_path_factory.mktemp("results")

@@ -379,7 +379,7 @@ def test_report_says_who_was_left_out_and_how_to_run_again(made: StudyPaths) -> 
     out = "6 of 8 clients left out (budgets of 5 MiB, 7 MiB and 10 MiB, 18 MiB needed); 1 of 4 rounds idle"
     assert f"fedavg_ft, seeds 0 and 2: {out}" in html
     assert "fedepth, seeds 0 and 2: all 8 clients took part" in html and "1 failed update taken out" in html
-    assert "trained on</td><td>device cpu, torch 2.13" in html
+    assert "trained on</td><td>torch 2.13, cpu AVX512, threads 1" in html
     assert "<pre>fedpipe run small_study.yaml</pre>" in html
     for text in re.findall(r"</summary><pre>(.*?)</pre>", html, re.DOTALL):
         assert Study.model_validate(yaml.safe_load(text)) == made.study

@@ -66,7 +66,7 @@ class Predictor:
                 at=at,
                 batches=lambda phase, index: [range(size)] * STEPS,
                 load=load,
-                noise=lambda index: rt.ctx(client=0).rng("trace"),
+                noise=lambda index, step: rt.ctx(client=0).rng("trace"),
             )
             del at
             rt.loop(probe).train([client], plan)

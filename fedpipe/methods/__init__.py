@@ -27,7 +27,7 @@ def load(spec: MethodSpec) -> Method:
     else:
         raise FedpipeError(f"methods: no method {spec.name!r}; there are {', '.join(known())}, or ./file.py:record")
     if not isinstance(method, Method):
-        raise FedpipeError(f"methods: {spec.name} is a {type(method).__name__}, wanted a fedpipe.types.Method")
+        raise FedpipeError(f"methods: {spec.name} is {type(method).__name__}, wanted a fedpipe.types.Method")
     for key, value in spec.settings.items():
         _check_setting(spec.name, method.h, key, value)
     name = spec.name if ".py:" not in spec.name else Path(spec.name.partition(":")[0]).stem
