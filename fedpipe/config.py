@@ -267,17 +267,16 @@ def _one_line(error: ValidationError, where: str) -> FedpipeError:
 def load_study(path: Path, overrides: list[str] | None = None, methods: list[str] | None = None) -> Study:
     """Read and check a study file, with `methods` of it or of the package instead of its own.
 
-    Raises FedpipeError naming file and key, also for methods and models that the package does not have.
+    Raises FedpipeError naming file and key. Whether there are such methods and models is asked by `digest.step_digest`.
     """
     try:
         study = Study.model_validate(read(path, overrides or []))
-        _check_names(study, path)
+        _check_paper(study, path)
         if methods:
             chosen = [m for name in methods for m in _chosen(study, name)]
             names = {n for m in chosen for n in (m.name, setting_label(m))}
             paper = {k: v for k, v in study.paper.items() if k in names}
             study = Study.model_validate({**study.model_dump(), "methods": chosen, "paper": paper})
-            _check_names(study, path)
     except ValidationError as e:
         raise _one_line(e, str(path)) from None
     return study
@@ -287,15 +286,7 @@ def _chosen(study: Study, name: str) -> list[MethodSpec]:
     return [m for m in study.methods if m.name == name] or [MethodSpec(name=name)]
 
 
-def _check_names(study: Study, path: Path) -> None:
-    """Methods, model and published accuracies, before anything is made."""
-    from fedpipe import methods, models  # which need this module
-
-    named = [("methods", m.name, methods.known()) for m in study.methods]
-    for key, name, known in [*named, ("model", study.model.name, sorted(models.REGISTRY))]:
-        if ".py:" not in name and name not in known:
-            there = ", ".join(known)
-            raise FedpipeError(f"{path}: {key}: {name!r} is not known; there are {there}, or ./file.py:name")
+def _check_paper(study: Study, path: Path) -> None:
     names = {n for m in study.methods for n in (m.name, setting_label(m))}
     for name, value in study.paper.items():
         if name not in names or not 0 <= value <= 1:

@@ -11,6 +11,8 @@ from fedpipe.config import load_run, load_study
 from fedpipe.errors import Damaged, FedpipeError
 from fedpipe.paths import RunPaths, StudyPaths, segments
 
+KEPT = ("own", "next_own")  # folders of what clients keep; they may be empty, and carry no key of a run
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,35 +49,53 @@ def run_jobs(p: RunPaths, every: int) -> Iterator[Job]:
 
 def fresh(job: Job) -> bool:
     """Whether all a job writes exists whole and was made from what its inputs now are."""
-    from fedpipe.io import read_meta
-    from fedpipe.steps import content, provenance
+    from fedpipe.steps import provenance
 
+    if not all(path.exists() if name in KEPT else _parts(path) for name, path in job.writes.items()):
+        return False
     try:
         key = provenance(job.step, load_run(job.reads["run"]), [job.reads[k] for k in job.keyed])["key"]
-        for name, path in job.writes.items():
-            for part in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-                content(part)
-                if name not in ("own", "next_own") and read_meta(part)["key"] != key:
-                    return False
-            if path.is_dir() and name in ("state", "next_state") and not any(path.iterdir()):
-                return False
-    except Damaged as e:
-        if "damaged" in str(e):
-            print(f"fedpipe: {e}; making it again", file=sys.stderr)
-        return False
-    except FedpipeError:
-        return False  # of another format, or not ours: made again
-    return all(p.exists() for p in job.writes.values())
+    except FedpipeError as e:
+        return _unfit(e)
+    keys = [(name, _key(part)) for name, path in job.writes.items() for part in _parts(path)]
+    return all(found is not None and (name in KEPT or found == key) for name, found in keys)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of an artefact: itself, or those of its folder."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+
+
+def _key(path: Path) -> str | None:
+    """The key an artefact was made with; None where it is missing, damaged (which is said) or not ours."""
+    from fedpipe.io import read_meta
+
+    try:
+        return str(read_meta(path).get("key")) if path.is_file() else None
+    except FedpipeError as e:
+        _unfit(e)
+        return None
+
+
+def _unfit(error: FedpipeError) -> bool:
+    if isinstance(error, Damaged):
+        print(f"fedpipe: {str(error).partition(';')[0]}; making it again", file=sys.stderr)
+    return False
 
 
 def run_study(study: Path, overrides: list[str], methods: list[str] | None, out: Path | None, every: int) -> None:
     """Run a study to its table and report. Steps that are done are skipped; the first failure stops it."""
+    from fedpipe.digest import step_digest
+    from fedpipe.methods import load
     from fedpipe.terminal import print_table
 
     if every < 1:
         raise FedpipeError(f"--segment: {every}; wanted a number of rounds, at least 1")
     spec = load_study(study, overrides, methods)
     paths = StudyPaths(out or Path("results") / spec.name, spec)
+    for p in paths.runs:  # what is named but not there is found before anything is made
+        step_digest("segment", p.run)
+        load(p.run.method)
     paths.write_specs()
     done, total = 0, 0
     for p in paths.runs:
@@ -99,17 +119,13 @@ def _announce(job: Job, p: RunPaths) -> None:
 
 def _tabulate(paths: StudyPaths) -> bool:
     """Make table and report unless they are of these very runs; whether anything was made."""
-    from fedpipe.io import read_meta
     from fedpipe.steps import measured, provenance
 
     folders = [p.folder for p in paths.runs]
     inputs = [f for folder in folders for f in measured(folder)]
     table_key = provenance("table", paths.study, inputs)["key"]
     report_key = provenance("report", paths.study, inputs)["key"]
-    try:
-        stale = read_meta(paths.table)["key"] != table_key
-    except FedpipeError:
-        stale = True
+    stale = _key(paths.table) != table_key
     if stale:
         importlib.import_module("fedpipe.steps.table").run(study=paths.spec, runs=folders, table=paths.table)
     if stale or not paths.report.is_file() or report_key not in paths.report.read_text():

@@ -93,11 +93,12 @@ class Opened:
         write_owns(own, world.owns, self.meta)
 
     def write_metrics(self, rounds: Path, curve: Path, points: Rows) -> None:
-        io.write_table(rounds, self.log_rows, self.meta, METRICS)
-        io.write_table(curve, points, self.meta, CURVE)
+        # Observations first: with the results there, the step counts as done.
         io.write_table(rounds.with_suffix(".obs.parquet"), self.seconds, self.meta, TIMES)
         if self.rounds.peaks:
             io.write_table(rounds.with_suffix(".peaks.obs.parquet"), self.rounds.peaks, self.meta, PEAKS)
+        io.write_table(rounds, self.log_rows, self.meta, METRICS)
+        io.write_table(curve, points, self.meta, CURVE)
 
 
 def _version(name: str) -> int:

@@ -107,6 +107,8 @@ class Rounds:
         assert sent.image is not None
         who = f"update of client {row['client']}, round {row['round']}"
         tensors, meta = io.decode(sent.image, who)
+        if (meta.get("client"), meta.get("round")) != (row["client"], row["round"]):
+            raise FedpipeError(f"{who}: what arrived is of client {meta.get('client')}, round {meta.get('round')}")
         check(tensors, start, plan, who)
         tensors = {n: t.to(self.rt.device) for n, t in tensors.items()}
         return Update(row["client"], meta["weight"], meta["samples"], tensors, plan.index)

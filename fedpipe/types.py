@@ -146,7 +146,7 @@ class Method:
     loss       (at, batch, ctx) -> value, or (value, names it changed)
     direction  (grad, at, batch, ctx) -> (d per live name, other names changed)
     end        (at, ctx) -> (sent besides plan.up, own/* kept)
-    aggregate  (state, updates, ctx) -> next state
+    aggregate  (state, updates, ctx) -> next state; updates arrive one by one and can be read once
     finish     (ctx: PlanCtx) -> Plan | None: trained at evaluation, by the same loop
     predict    (at, batch, ctx) -> {"global": logits, "personal": logits, ...}
     """

@@ -1,7 +1,6 @@
 """Methods through the real step files against straight-line re-statements of their papers, in float64."""
 
 import importlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 from fedpipe import io, methods
 from fedpipe.aggregate import cut
 from fedpipe.client import Client, Loop
-from fedpipe.config import Local, MethodSpec, Study
+from fedpipe.config import Local, MethodSpec, ModelSpec, Study
 from fedpipe.context import Ctx
 from fedpipe.data import dataset
 from fedpipe.local import Job, fresh, run_jobs
-from fedpipe.models.chain import Chain
+from fedpipe.models.chain import Chain, load, windows
 from fedpipe.opened import rows_by_client
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.plans import read_plans
 from fedpipe.rng import rng
 from fedpipe.runtime import Runtime
-from fedpipe.types import Method, Plan, Tensors, Update
+from fedpipe.seeding import seeded
+from fedpipe.types import Method, Tensors, Update, matches
 
 CLOSE = 1e-12
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
@@ -68,9 +68,8 @@ class Played:
 
 def as_list(state: Tensors) -> plain.Weights:
     """[W1, b1, W2, ...] of the package's MLP."""
-    units = ["stem", *sorted(n.split(".")[0] for n in state if n.startswith("h") and n.endswith("1.weight"))]
-    units.sort(key=lambda u: {"stem": 0, "head": 2}.get(u, 1))
-    return [state[f"{u}.1.{kind}"] for u in units for kind in ("weight", "bias")]
+    hidden = sorted({n.split(".")[0] for n in state} - {"stem", "head"})
+    return [state[f"{u}.1.{kind}"] for u in ("stem", *hidden, "head") for kind in ("weight", "bias")]
 
 
 def play(root: Path, every: int | None = None, prediction: Path | None = None, until: str = "segment",
@@ -97,11 +96,6 @@ def _do(job: Job, prediction: Path | None) -> None:
 def apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Largest difference of any two entries."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("oracles")
 
 
 # --------------------------------------------------------------------------------------------------- FedAvg &c.
@@ -207,14 +201,14 @@ W = "model/head.weight"
 
 
 def scalar_rounds(method: Method, state: Tensors, rounds: int, steps: int, lr: Callable[[int], float],
-                  together: bool) -> tuple[Tensors, dict[int, Tensors]]:  # fmt: skip
+                  together: bool, a: Sequence[float] = A) -> tuple[Tensors, dict[int, Tensors]]:  # fmt: skip
     """Rounds of the loop and the server's mean over all three quadratics; clients stacked, or one after another."""
 
     def loss(at: Tensors, batch: Tensors, ctx: Ctx) -> Tensor:
         return batch["a"] / 2 * (at[W].squeeze() - batch["c"]) ** 2
 
-    def load(i: int, size: int) -> Tensors:
-        return {"a": torch.tensor(A[i]).double(), "c": torch.tensor(C[i]).double()}
+    def quadratic(i: int) -> Tensors:
+        return {"a": torch.tensor(a[i]).double(), "c": torch.tensor(C[i]).double()}
 
     method = replace(method, loss=loss)
     assert method.plan is not None
@@ -222,14 +216,13 @@ def scalar_rounds(method: Method, state: Tensors, rounds: int, steps: int, lr: C
     assert plan is not None
     ctx = Ctx(h=method.h, seed=0, clients=3, classes=1)
     own: dict[int, Tensors] = {i: {} for i in range(3)}
-    # a row is its client, and a batch has one row
     for t in range(rounds):
         people = [
             Client(
                 ctx=replace(ctx, round=t, client=i, lr=lr(i)),
                 at={**{f"in/{n}": v for n, v in state.items()}, **own[i]},
-                batches=lambda phase, index, i=i: [_Row(i)] * steps,  # type: ignore[misc]
-                load=lambda row, size: load(row.client, size),
+                batches=lambda phase, index, i=i: [range(i, i + 1)] * steps,  # type: ignore[misc]
+                load=lambda row, size: quadratic(row[0]),
                 noise=lambda index: rng(0),
             )
             for i in range(3)
@@ -240,14 +233,6 @@ def scalar_rounds(method: Method, state: Tensors, rounds: int, steps: int, lr: C
         own = {i: r.own for i, r in enumerate(results)}
         state = method.aggregate(state, updates, ctx) if method.aggregate else _mean(state, updates)
     return state, own
-
-
-class _Row:
-    def __init__(self, client: int):
-        self.client = client
-
-    def __len__(self) -> int:
-        return 1
 
 
 def _mean(state: Tensors, updates: list[Update]) -> Tensors:
@@ -262,7 +247,6 @@ def test_scaffold_reaches_the_optimum_of_quadratics() -> None:
         [zero], [zero], {i: [zero] for i in range(3)}, [range(3)] * 60, lambda t, i: [i] * 10,
         lambda w, i: [A[i] * (w[0] - C[i])], lr=0.05,
     )  # fmt: skip
-    print(float(x[0]) - OPTIMUM)
     assert pytest.approx(2.5238, abs=1e-4) == OPTIMUM
     assert abs(float(state[W]) - OPTIMUM) <= 1e-12
     assert abs(float(state[W] - x[0])) <= 1e-13
@@ -271,16 +255,17 @@ def test_scaffold_reaches_the_optimum_of_quadratics() -> None:
     assert float(abs(sum(kept) / 3 - state["server/c/head.weight"])) <= 1e-13
 
 
-def test_fedprox_stops_beside_the_optimum_of_quadratics() -> None:
-    """With rate 1 / (a + mu) one step solves a client's problem, and the second stays there only with the right pull."""
+@pytest.mark.parametrize(("a", "known"), [(A, 0.832), ((2.0, 2.0, 2.0), sum(C) / 3)])
+def test_fedprox_stops_at_its_fixed_point_of_quadratics(a: tuple[float, ...], known: float) -> None:
+    """With rate 1 / (a + mu) one step solves a client's problem; the second stays there only with the right pull."""
     mu = 0.5
     method = methods.load(MethodSpec(name="fedprox", settings={"mu": mu}))
     start = {W: torch.zeros(1, 1, dtype=torch.float64)}
-    state, _ = scalar_rounds(method, start, 30, 2, lambda i: 1 / (A[i] + mu), together=False)
-    pulls = [a / (a + mu) for a in A]  # w = mean (a c + mu w) / (a + mu)
+    state, _ = scalar_rounds(method, start, 30, 2, lambda i: 1 / (a[i] + mu), together=False, a=a)
+    pulls = [x / (x + mu) for x in a]  # w = mean (a c + mu w) / (a + mu)
     fixed = sum(p * c for p, c in zip(pulls, C, strict=True)) / sum(pulls)
-    assert fixed == pytest.approx(0.832, abs=5e-4)
-    assert float(state[W]) == pytest.approx(fixed, abs=1e-13)
+    assert fixed == pytest.approx(known, abs=5e-4)
+    assert float(state[W]) == pytest.approx(fixed, abs=CLOSE)
 
 
 # ----------------------------------------------------------------------------------------------------- HeteroFL
@@ -288,13 +273,12 @@ WIDTHS = {0.25: 1, 0.5: 1, 1.0: 1}  # clients 0, 1, 2
 
 
 def test_heterofl(root: Path) -> None:
-    """Two of three clients a round; in the first the full width is not drawn, so that nobody holds the outer entries."""
-    seed = next(
-        s for s in range(100) if draws.cohort(s, 0, 3, 2) == [0, 1] and draws.cohort(s, 1, 3, 2) == [1, 2]
-    )
-    data = {**FIVE, "partition": {"kind": "iid", "clients": 3}}
-    got = play(root, every=1, data=data, methods=["heterofl"], local=local(2), seeds=[seed], margin=0,
+    """Two of three clients a round; the first is without the full width, so that nobody holds the outer entries."""
+    seed = next(s for s in range(100) if draws.cohort(s, 0, 3, 2) == [0, 1] and draws.cohort(s, 1, 3, 2) == [1, 2])
+    data = {**FIVE, "partition": {"kind": "dirichlet", "alpha": 0.5, "clients": 3}}
+    got = play(root, every=1, data=data, methods=["heterofl"], local=local(2), seeds=[seed], margin=0.2,
                budgets={"like_width": WIDTHS}, **{**MLP, "cohort": 2})  # fmt: skip
+    assert len(set(got.samples(range(3)))) == 3, "a mean weighted by samples must differ here"
     w = got.mlp(0)
     for t, cohort in enumerate(got.cohorts()):
         ends = []
@@ -303,9 +287,7 @@ def test_heterofl(root: Path) -> None:
             slim = [x[tuple(slice(n) for n in size)] for x, size in zip(w, _sizes(w, rate), strict=True)]
             ends.append(plain.sgd(slim, got.batches(t, i), 0.05, momentum=0.9, decay=5e-4, rate=rate))
         old = w
-        w = [
-            torch.from_numpy(heterofl.mean(x.numpy(), [e[k].numpy() for e in ends])) for k, x in enumerate(w)
-        ]
+        w = [torch.from_numpy(heterofl.mean(x.numpy(), [e[k].numpy() for e in ends])) for k, x in enumerate(w)]
         state = got.mlp(t + 1)
         assert apart(w, state) <= CLOSE
         assert torch.equal(state[0][6:], old[0][6:]) == (t == 0), "rows beyond width 0.5 stay while nobody holds them"
@@ -318,5 +300,113 @@ def _sizes(w: plain.Weights, rate: float) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.25])
-def test_slim_preresnet_computes_with_the_first_channels(root: Path, rate: float) -> None:
-    got = play(root, until="assign", data={**FIVE, "partition": {"kind": "iid", "clients": 3}}, methods=["fedavg"], model="mlp", **{k: v for k, v in MLP.items() if k != "model"}) 
+def test_slim_preresnet_computes_with_the_first_channels(rate: float) -> None:
+    with seeded(5):
+        full, slim = (load(ModelSpec(), (1, 8, 8), 10, **k).double() for k in ({}, {"width": rate, "scale": rate}))
+        state = {f"model/{n}": torch.randn(t.shape).double() for n, t in full.state_dict().items()}
+        x = torch.randn(6, 1, 8, 8).double()
+    sizes: fedepth.Sizes = (int(16 * rate), int(32 * rate), int(64 * rate))
+    held = {n.removeprefix("model/"): t for n, t in cut(state, windows(full, slim)).items()}
+    with torch.no_grad():
+        for training in (True, False):
+            net = fedepth.Net(1, 10, sizes, rate if training else 1.0)
+            net.put({o: state[f"model/{n}"][tuple(slice(k) for k in net.w[o].shape)] for o, n in NAMES.items()})
+            z = torch.func.functional_call(slim.train(training), held, (x,))
+            assert float((z - net(x)).abs().max()) <= CLOSE * float(z.abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------ FeDepth
+NAMES = fedepth.names()
+BUDGETS = ("12.65MiB", "15.3MiB", "19MiB", "24MiB")  # at batch 64 on 8x8 pixels in float64
+DEPTH = {"model": "preresnet20", "methods": ["fedepth"], "rounds": 2}
+DIGITS = {"name": "digits", "rows": 240, "size": 8}
+
+
+@pytest.fixture(scope="module")
+def four(root: Path) -> Played:
+    """Four clients, one per budget, all taking part."""
+    data = {**DIGITS, "partition": {"kind": "dirichlet", "alpha": 0.1, "clients": 4, "min_samples": 8}}
+    budgets = {"bytes": dict.fromkeys(BUDGETS, 1)}
+    how = {**local(1, batch=64), "schedule": "cosine"}
+    return play(root, data=data, cohort=4, local=how, budgets=budgets, **DEPTH)
+
+
+def blocks_of(got: Played, client: int) -> list[list[int]]:
+    """Layer numbers of each of a client's blocks, from its plan's file."""
+    (plan,) = {r["plan"] for r in io.read_table(got.paths.assignment).to_pylist() if r["client"] == client}
+    phases = [r for r in io.read_table(got.paths.plans).to_pylist() if r["plan"] == plan]
+    out = []
+    for row in sorted(phases, key=lambda r: r["phase"]):
+        assert ("stem" in row["trains"]) == (row["phase"] == 0) and row["trains"][-1] == "head"
+        out.append([int(u[1:]) for u in row["trains"] if u not in ("stem", "head")])
+    assert [k for block in out for k in block] == list(range(1, 10)), "blocks cut the chain in depth order"
+    return out
+
+
+def as_net(state: Tensors) -> dict[str, Tensor]:
+    return {own: state[name] for own, name in NAMES.items()}
+
+
+def restated(got: Played, lrs: Sequence[float], batches: Callable[[int, int, int], list[tuple[Tensor, Tensor]]],
+             clients: Sequence[int], carry: bool = True) -> dict[str, Tensor]:  # fmt: skip
+    """The server's model after two rounds by the oracle."""
+    blocks = {i: blocks_of(got, i) for i in clients}
+    w, net = as_net(got.state(0)), fedepth.Net(got.data.shape[0], got.data.classes)
+    for t in range(2):
+        uploads = [
+            fedepth.client(w, net, blocks[i], lambda j, t=t, i=i: batches(t, i, j), lrs[t], 0.9, 5e-4, carry)
+            for i in clients
+        ]
+        w = fedepth.mean(uploads, got.samples(clients))
+    return w
+
+
+def agree(w: dict[str, Tensor], got: Played) -> None:
+    start, end = as_net(got.state(0)), as_net(got.state(2))
+    # block 1's norm undoes the scale and shift of the stem's, which only decay moves
+    assert all(float((end[n] - start[n]).abs().max()) > 1e-4 for n in w if not n.startswith("first norm"))
+    worst = {n: float((w[n] - end[n]).abs().max()) for n in w}
+    assert max(worst.values()) <= CLOSE, max(worst, key=worst.__getitem__)
+
+
+def test_fedepth_budgets_give_four_plans(four: Played) -> None:
+    blocks = [blocks_of(four, i) for i in range(4)]
+    assert len({str(b) for b in blocks}) == 4
+    assert len(blocks[0]) >= 3 and len(blocks[3]) == 1
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_fedepth_of_one_client_with_a_full_batch(root: Path, four: Played, group: int) -> None:
+    """Rows are taken in the file's order: in a full batch the engine's own order does not matter."""
+    data = {**DIGITS, "rows": 16, "partition": {"kind": "iid", "clients": 1}}
+    got = play(root, data=data, cohort=1, local=local(2, batch=64), budgets={"bytes": {BUDGETS[group]: 1}},
+               prediction=four.paths.prediction, **DEPTH)  # fmt: skip
+    assert blocks_of(got, 0) == blocks_of(four, group)
+    assert len(got.rows[0]) <= 64
+    rows = got.batch(got.rows[0])
+    w = restated(got, [0.05, 0.05], lambda t, i, j: [rows, rows], [0])
+    agree(w, got)
+    if group == 0:
+        fresh_head = restated(got, [0.05, 0.05], lambda t, i, j: [rows, rows], [0], carry=False)
+        assert apart(list(w.values()), list(fresh_head.values())) > 1e-3, "the head's momentum must be seen to go on"
+
+
+def test_fedepth_of_four_groups(four: Played) -> None:
+    samples = four.samples(range(4))
+    assert min(samples) < 64 < max(samples) and max(samples) % 64, "batches of one, several, and a shorter last one"
+    agree(restated(four, [0.05, 0.025], lambda t, i, j: four.batches(t, i, j), range(4)), four)
+
+
+def test_fedepth_freezes_what_a_phase_does_not_train(four: Played) -> None:
+    """The loop stopped after each phase: units outside the next phase are the same bits after it."""
+    rt = Runtime(four.run, four.data)
+    plan = read_plans(io.read_table(four.paths.plans))[0]["p0"]
+    ends = []
+    for count in range(1, len(plan.phases) + 1):
+        part = replace(plan, phases=plan.phases[:count])
+        person = rt.client(rt.ctx(0, 0), rt.received(part, rt.state0), four.rows[0])
+        ends.append(rt.loop().train([person], part)[0].sent)
+    assert len(ends) == 3
+    for before, after, phase in zip([rt.state0, *ends], ends, plan.phases, strict=False):
+        live = {n for n in after if matches(n, phase.live)}
+        assert all(torch.equal(before[n], after[n]) == (n not in live) for n in after)

@@ -122,7 +122,6 @@ class Trace:
 
     def __enter__(self) -> Self:
         # cycles are not collected inside: when that happens depends on what the process did before
-        gc.collect()
         if gc.isenabled():
             gc.disable()
             self._stack.callback(gc.enable)

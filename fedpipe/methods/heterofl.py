@@ -3,6 +3,8 @@
 A client trains the first ceil(r C) channels of every layer, r the largest of `widths` whose predicted peak its budget
 holds; the server takes the unweighted mean of each entry over the clients that hold it, and keeps the entries nobody
 holds. With `scaler`, activations are divided by r before each norm while training. Full width is FedAvg (uniform).
+The published code also masks logits of classes a client lacks, clips gradients at norm 1 and averages a classifier row
+over the clients that own its label; these are not part of this record.
 """
 
 from fedpipe.context import PlanCtx

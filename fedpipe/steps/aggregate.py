@@ -21,7 +21,7 @@ def run(
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
-    world, t = read_world(state, own)
+    world, t = read_world(state, own, opened.rt.state0)
     points = [opened.point(0, world)] if t == 0 else []
     metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]] = {}
     for folder in trained:
@@ -40,10 +40,12 @@ def _sent(row: dict[str, Any], t: int, metrics: dict[tuple[int, str], list[tuple
     found = metrics.get((row["client"], row["part"]))
     if not found:
         raise FedpipeError(f"aggregate: no job folder holds client {row['client']} of round {t}")
+    if len({str(folder) for _, folder in found}) > 1:
+        raise FedpipeError(f"aggregate: {found[0][1]} and {found[-1][1]} both hold client {row['client']} of round {t}")
     rows: Rows = [m for m, _ in found]
     name, folder = f"{row['client']}{row['part']}@{t}.safetensors", found[0][1]
     if rows[0]["failed"]:
         return Sent(row, None, {}, rows)
-    kept = folder / "own" / name
-    image = (folder / "update" / name).read_bytes()
-    return Sent(row, image, io.read_tensors(kept)[0] if kept.is_file() else {}, rows)
+    kept, update = folder / "own" / name, folder / "update" / name
+    io.read_meta(update)  # a damaged update is named by its file
+    return Sent(row, update.read_bytes(), io.read_tensors(kept)[0] if kept.is_file() else {}, rows)

@@ -46,8 +46,8 @@ def run(run: Path, data: Path, *, prediction: Path) -> None:
     ]
     rows += [{"kind": "budget", "width": w, "peak": p} for w, p in widths.items()]
     made = provenance("measure", spec, [data])
-    io.write_table(prediction, rows, made, SCHEMA)
     io.write_table(prediction.with_name("measure.obs.parquet"), observed, made, OBS)
+    io.write_table(prediction, rows, made, SCHEMA)
 
 
 def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | None]:

@@ -34,6 +34,11 @@ def run(run: Path, data: Path, *, partition: Path, clients: Path) -> None:
         "seed": spec.seed,
         "names": meta["names"],
     }
+    labels = histogram(client[split == TRAIN], y[rows[split == TRAIN]], count, meta["classes"])
+    val, test = (np.bincount(client[split == s], minlength=count) for s in (VAL, TEST))
+    # Pictures first: with the tables there, the step counts as done.
+    for kind, raw in draw(labels, meta["names"]).items():
+        write_bytes(clients.with_name(f"histogram.{kind}"), raw)
     write_table(
         partition,
         pa.table(
@@ -41,11 +46,7 @@ def run(run: Path, data: Path, *, partition: Path, clients: Path) -> None:
         ),
         about,
     )
-    labels = histogram(client[split == TRAIN], y[rows[split == TRAIN]], count, meta["classes"])
-    val, test = (np.bincount(client[split == s], minlength=count) for s in (VAL, TEST))
     write_table(clients, clients_table(labels, val, test, spec.budgets), about)
-    for kind, raw in draw(labels, meta["names"]).items():
-        write_bytes(clients.with_name(f"histogram.{kind}"), raw)
 
 
 def assign_rows(table: pa.Table, y: Ints, classes: int, spec: Run) -> tuple[Ints, Owner, NDArray[np.int8]]:

@@ -92,8 +92,11 @@ def names() -> dict[str, str]:
 
 
 def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], batches: Batches, lr: float,
-           momentum: float, decay: float) -> dict[str, Tensor]:  # fmt: skip
-    """What a client uploads: `blocks` are layer numbers, e.g. [[1, 2], [3, ..., 9]]; batches(j) those of block j."""
+           momentum: float, decay: float, carry: bool = True) -> dict[str, Tensor]:  # fmt: skip
+    """What a client uploads: `blocks` are layer numbers, e.g. [[1, 2], [3, ..., 9]]; batches(j) those of block j.
+
+    Without `carry` the head's momentum is new for each block too: another method, to tell the two apart.
+    """
     net.put(start)
     head = [n for n in net.w if n.startswith("last")]
     carried = {n: torch.zeros_like(net.w[n]) for n in head}
@@ -103,7 +106,7 @@ def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], 
         for n, p in net.w.items():
             p.requires_grad_(n in trained)
         before = net.take()
-        v = {n: carried[n] if n in head else torch.zeros_like(net.w[n]) for n in trained}
+        v = {n: carried[n] if n in head and carry else torch.zeros_like(net.w[n]) for n in trained}
         for x, y in batches(j):
             z = net(x, end=block[-1])
             loss = (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean()
@@ -119,4 +122,7 @@ def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], 
 
 def mean(uploads: Sequence[dict[str, Tensor]], samples: Sequence[int]) -> dict[str, Tensor]:
     """sum_k n_k W_k / sum_k n_k over every tensor, trained or not."""
-    return {k: sum(n * u[k] for n, u in zip(samples, uploads, strict=True)) / sum(samples) for k in uploads[0]}
+    total = {k: torch.zeros_like(t) for k, t in uploads[0].items()}
+    for n, upload in zip(samples, uploads, strict=True):
+        total = {k: s + n * upload[k] for k, s in total.items()}
+    return {k: s / sum(samples) for k, s in total.items()}

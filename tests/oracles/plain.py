@@ -53,4 +53,7 @@ def sgd(w: Weights, batches: Sequence[Batch], lr: float, momentum: float = 0.0, 
 
 def mean(models: Sequence[Weights], weights: Sequence[float]) -> Weights:
     """sum_k n_k w_k / sum_k n_k, tensor by tensor."""
-    return [sum(n * m[i] for n, m in zip(weights, models, strict=True)) / sum(weights) for i in range(len(models[0]))]
+    total = [torch.zeros_like(t) for t in models[0]]
+    for n, model in zip(weights, models, strict=True):
+        total = [s + n * t for s, t in zip(total, model, strict=True)]
+    return [s / sum(weights) for s in total]

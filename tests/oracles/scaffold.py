@@ -19,7 +19,7 @@ def rounds(
     gradient: Callable[[Weights, Any], Weights],
     lr: float,
 ) -> tuple[Weights, Weights, dict[int, Weights]]:
-    """(x, c, c_i) after a round for each cohort; `ci` has an entry for all N clients, batches(t, i) the K of client i."""
+    """(x, c, c_i) after a round of each cohort; `ci` has an entry for all N clients, batches(t, i) are the K steps'."""
     ci, all_clients, at = dict(ci), len(ci), range(len(x))
     for t, cohort in enumerate(cohorts):
         dy, dc = [], []
