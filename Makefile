@@ -23,7 +23,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: install ## FedAvg and FeDepth under four memory budgets, on embedded images
 	snakemake --profile profiles/local --config study=workflows/studies/quickstart.yaml
-	@fedpipe show results/quickstart
 	@echo "report: results/quickstart/report.html"
 
 test: install lint ## every check that needs neither a GPU nor patience

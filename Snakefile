@@ -26,6 +26,10 @@ include: "workflows/rules/train.smk"
 include: "workflows/rules/report.smk"
 
 
+onsuccess:
+    shell("python -m fedpipe show {OUT}")
+
+
 rule all:
     default_target: True
     input:

@@ -39,7 +39,7 @@ def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx) -> dict[str, tuple[
 
 def pooled(rt: Runtime, state: Tensors, rows: Tensor) -> tuple[float, float]:
     """Loss and accuracy of a state's model over the pooled test rows [n]."""
-    at = {f"in/{n}": t for n, t in state.items()}
+    at = rt.moved({f"in/{n}": t for n, t in state.items()})
     at |= default_begin(at, rt.ctx(role="eval"))
     return scores(rt, at, rows, _eval_ctx(rt))["global"]
 
@@ -56,7 +56,7 @@ def client_scores(
     At evaluation a client opens the whole state as `in/*`, and what it kept; `begin` makes its working model.
     """
     ctx = _eval_ctx(rt, client)
-    at = {**{f"in/{n}": t for n, t in state.items()}, **{n: t.to(rt.device) for n, t in own.items()}}
+    at = rt.moved({**{f"in/{n}": t for n, t in state.items()}, **own})
     plan = rt.method.finish(rt.plan_ctx(row)) if rt.method.finish else None
     if plan is not None and len(train):
         at |= rt.loop().train([rt.client(ctx, at, train)], plan)[0].at

@@ -110,14 +110,13 @@ class Rounds:
         if (meta.get("client"), meta.get("round")) != (row["client"], row["round"]):
             raise FedpipeError(f"{who}: what arrived is of client {meta.get('client')}, round {meta.get('round')}")
         check(tensors, start, plan, who)
-        tensors = {n: t.to(self.rt.device) for n, t in tensors.items()}
         return Update(row["client"], meta["weight"], meta["samples"], tensors, plan.index)
 
     def _client(self, row: dict[str, Any], plan: Plan, world: World) -> Client:
         at = self.rt.received(plan, world.states[row["start"]])
         if row["reply"]:
             at |= {f"re/{n}": t for n, t in select(world.states[row["reply"]], plan.reply).items()}
-        at |= {n: t.to(self.rt.device) for n, t in world.own(row["client"]).items()}
+        at |= world.own(row["client"])
         rows = self.training_rows[row["client"]]
         return self.rt.client(self.rt.ctx(row["round"], row["client"], samples=len(rows)), at, rows)
 
@@ -165,7 +164,7 @@ class Rounds:
             yield None
             return
         limits = [self.predicted[row["plan"], i] for i in range(len(self.plans[row["plan"]].phases))]
-        witness = Witness(row["client"], row["round"], row["plan"], limits, self.budgets.get(row["client"]))
+        witness = Witness(row, limits, self.budgets.get(row["client"]), self.rt.device)
         yield witness.phase
         self.peaks += witness.rows
         witness.enforce()

@@ -49,8 +49,8 @@ class Runtime:
 
     @cached_property
     def state0(self) -> Tensors:
-        """State 0: `model/*` drawn from the seed, and what the method's `init` adds."""
-        model = {f"model/{n}": t.detach().clone() for n, t in self.build().state_dict().items()}
+        """State 0: `model/*` drawn from the seed, and what the method's `init` adds. States live on the CPU."""
+        model = {f"model/{n}": t.detach().cpu().clone() for n, t in self.build().state_dict().items()}
         state = self.method.init(model, self.ctx(role="server")) if self.method.init else model
         return dict(sorted(state.items()))  # one order of names, in memory as in files
 
@@ -119,6 +119,10 @@ class Runtime:
         """What a client of a plan starts from: names it receives or has fixed, as `in/*`, cut to its part."""
         return {f"in/{n}": t for n, t in cut(select(state, (*plan.down, *plan.fixed)), plan.index).items()}
 
+    def moved(self, tensors: Tensors) -> Tensors:
+        """Tensors on the device that trains."""
+        return {n: t.to(self.device) for n, t in tensors.items()}
+
     def loop(self, probe: Probe | None = None) -> Loop:
         return Loop(self.method, self.run.local, self.chain, probe or (lambda index, held: nullcontext()))
 
@@ -132,7 +136,7 @@ class Runtime:
 
         return Client(
             ctx=replace(ctx, role="train", samples=len(rows)),
-            at=at,
+            at=self.moved(at),
             batches=batches,
             load=self.load,
             noise=lambda index, step: rng(seed, t, i, f"{ctx.role}/draw/{index}/{step}"),

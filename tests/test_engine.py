@@ -368,3 +368,15 @@ def test_layers_that_draw_are_not_stacked_and_repeat(user_model: str, root: Path
 def test_learning_rate_follows_the_cosine(root: Path) -> None:
     rt = Game(make_run("fedavg", rounds=4, local={**IID["local"], "schedule": "cosine"}), root).opened.rt
     assert [rt.lr(t) for t in range(4)] == pytest.approx([0.1 * 0.5 * (1 + np.cos(np.pi * t / 4)) for t in range(4)])
+
+
+# -------------------------------------------------------------------------------------------------------------- CUDA
+@pytest.mark.gpu
+def test_training_on_cuda(root: Path) -> None:
+    """Stacks above one, within rounding of one by one; equal bytes when run twice; the witness within its budget."""
+    keys: dict[str, Any] = {"device": "cuda", "budgets": {"like_width": {1.0: 6}}}
+    stacked, again = (Game(make_run("fedavg", SKEWED, **keys), root).play() for _ in range(2))
+    alone = Game(make_run("fedavg", SKEWED, **keys, stack=1), root).play()
+    assert stacked.largest_group > 1 and equal(stacked.state, again.state)
+    assert distance(stacked.state, alone.state) < 1e-4
+    assert all(p["measured"] <= p["budget"] for p in stacked.opened.rounds.peaks)

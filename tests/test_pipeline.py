@@ -48,7 +48,8 @@ def out(study: Path) -> Path:
 def snakemake(study: Path, out: Path, *options: str, **config: object) -> str:
     chosen = [f"study={study}", f"out={out}", *(f"{k}={v}" for k, v in config.items())]
     done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *options, "--config", *chosen],
+        # a working directory of its own: two workflows that start at once in one trip over each other's locks
+        [sys.executable, "-m", "snakemake", *options, "--directory", out, "--config", *chosen],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

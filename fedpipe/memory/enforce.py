@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedpipe.errors import FedpipeError
@@ -17,14 +18,14 @@ def mib(count: int | None) -> str:
 class Witness:
     """Measures each phase of one client's training; `enforce` raises when a measured peak is over the budget."""
 
-    def __init__(self, client: int, round: int, plan: str, predicted: list[int], budget: int | None):
-        self.client, self.round, self.plan = client, round, plan
-        self.predicted, self.budget = predicted, budget
+    def __init__(self, row: dict[str, Any], predicted: list[int], budget: int | None, device: torch.device):
+        self.client, self.round, self.plan = row["client"], row["round"], row["plan"]
+        self.predicted, self.budget, self.device = predicted, budget, device
         self.rows: list[dict[str, Any]] = []
 
     @contextmanager
     def phase(self, index: int, held: list[Tensor]) -> Iterator[None]:
-        with Peak(held) as peak:
+        with Peak(held, self.device) as peak:
             yield
         self.rows.append(
             {"round": self.round, "client": self.client, "plan": self.plan, "phase": index}

@@ -76,7 +76,7 @@ def _try(rt: Runtime, spec: Run, plan: Plan, budget: int | None) -> dict[str, An
     measured: list[Peak] = []
 
     def probe(index: int, held: list[torch.Tensor]) -> Peak:
-        measured.append(Peak(held))
+        measured.append(Peak(held, rt.device))
         return measured[-1]
 
     rt.loop(probe).train([client], nearest)
