@@ -71,7 +71,7 @@ def _dispatch(args: argparse.Namespace) -> None:
 
         print(schema_text(), end="")
     else:
-        from fedpipe.terminal import print_table
+        from fedpipe.report.terminal import print_table
 
         print_table(args.out / "table.parquet")
 

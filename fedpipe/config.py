@@ -4,15 +4,12 @@ Importing this module loads neither torch nor datasets nor matplotlib: the Snake
 """
 
 import re
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from fedpipe.errors import FedpipeError
 from fedpipe.io import canonical, digest
-from fedpipe.studyfile import read
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -245,60 +242,3 @@ def setting_label(method: MethodSpec) -> str:
     short = Path(file).stem + (f":{record}" if record not in ("", "method") else "")
     settings = ", ".join(f"{k}={v}" for k, v in sorted(method.settings.items()))
     return f"{short} ({settings})" if settings else short
-
-
-_INNER = re.compile(r"function-|constrained-|literal\[|\[key\]|int$|float$")  # pydantic's names of parts of a type
-
-
-def _one_line(error: ValidationError, where: str) -> FedpipeError:
-    def at(e: Any) -> str:
-        return ".".join(str(p) for p in e["loc"] if not _INNER.match(str(p)))
-
-    first, *others = error.errors()
-    wanted = [first["msg"], *(e["msg"] for e in others if at(e) == at(first))]  # one for each kind a value may have
-    message = " or ".join(dict.fromkeys(m.removeprefix("Value error, ") for m in wanted))
-    if first["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif first["type"] != "missing" and not isinstance(first["input"], dict | BaseModel):
-        message += f" (got {reprlib.repr(first['input'])})"
-    return FedpipeError(f"{where}: {at(first) + ': ' if at(first) else ''}{message}")
-
-
-def load_study(path: Path, overrides: list[str] | None = None, methods: list[str] | None = None) -> Study:
-    """Read and check a study file, with `methods` of it or of the package instead of its own.
-
-    Raises FedpipeError naming file and key. Whether there are such methods and models is asked by `digest.step_digest`.
-    """
-    try:
-        study = Study.model_validate(read(path, overrides or []))
-        _check_paper(study, path)
-        if methods:
-            chosen = [m for name in methods for m in _chosen(study, name)]
-            names = {n for m in chosen for n in (m.name, setting_label(m))}
-            paper = {k: v for k, v in study.paper.items() if k in names}
-            study = Study.model_validate({**study.model_dump(), "methods": chosen, "paper": paper})
-    except ValidationError as e:
-        raise _one_line(e, str(path)) from None
-    return study
-
-
-def _chosen(study: Study, name: str) -> list[MethodSpec]:
-    return [m for m in study.methods if m.name == name] or [MethodSpec(name=name)]
-
-
-def _check_paper(study: Study, path: Path) -> None:
-    names = {n for m in study.methods for n in (m.name, setting_label(m))}
-    for name, value in study.paper.items():
-        if name not in names or not 0 <= value <= 1:
-            wanted = "wanted one of the study's methods and an accuracy in 0..1"
-            raise FedpipeError(f"{path}: paper.{name}: {wanted} (got {value})")
-
-
-def load_run(path: Path) -> Run:
-    """Read a run's resolved specification (`run.json`)."""
-    if not path.is_file():
-        raise FedpipeError(f"{path}: no such run file")
-    try:
-        return Run.model_validate_json(path.read_bytes())
-    except ValidationError as e:
-        raise _one_line(e, str(path)) from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedpipe.errors import FedpipeError
 from fedpipe.io import digest
-from fedpipe.results import load
+from fedpipe.report.results import load
 from fedpipe.steps import content
 
 _TABLES = ("plans", "assignment", "route", "metrics")

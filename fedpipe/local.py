@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config import load_run, load_study
 from fedpipe.errors import Damaged, FedpipeError
 from fedpipe.paths import RunPaths, StudyPaths, segments
+from fedpipe.studyfile import load_run, load_study
 
 KEPT = ("own", "next_own")  # folders of what clients keep; they may be empty, and carry no key of a run
 
@@ -87,7 +87,7 @@ def run_study(study: Path, overrides: list[str], methods: list[str] | None, out:
     """Run a study to its table and report. Steps that are done are skipped; the first failure stops it."""
     from fedpipe.digest import step_digest
     from fedpipe.methods import load
-    from fedpipe.terminal import print_table
+    from fedpipe.report.terminal import print_table
 
     if every < 1:
         raise FedpipeError(f"--segment: {every}; wanted a number of rounds, at least 1")

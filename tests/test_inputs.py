@@ -14,8 +14,8 @@ from conftest import TINY
 
 from fedpipe import io
 from fedpipe.__main__ import main
-from fedpipe.config import load_study
 from fedpipe.errors import FedpipeError
+from fedpipe.studyfile import load_study
 
 SAID = re.compile(r"fedpipe: (data|partition|measure|assign|evaluate) .* seed \d+$|.*: round \d+/\d+")  # progress
 Refused = Callable[..., str]

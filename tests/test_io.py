@@ -21,12 +21,12 @@ from conftest import TINY
 
 from fedpipe import io
 from fedpipe.__main__ import main
-from fedpipe.config import load_study
 from fedpipe.errors import Damaged, FedpipeError
 from fedpipe.fingerprint import fingerprint
 from fedpipe.local import Job, run_jobs
 from fedpipe.paths import StudyPaths
 from fedpipe.states import read_world, write_owns, write_states
+from fedpipe.studyfile import load_study
 from fedpipe.types import Tensors
 
 ROWS = [{"round": t, "loss": 1 / (t + 1)} for t in range(40)]

@@ -14,9 +14,9 @@ import yaml
 
 from fedpipe import io
 from fedpipe.__main__ import main
-from fedpipe.config import load_study
 from fedpipe.fingerprint import fingerprint
 from fedpipe.paths import RunPaths, StudyPaths
+from fedpipe.studyfile import load_study
 
 ROOT = Path(__file__).parent.parent
 IDENT = {

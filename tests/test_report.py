@@ -13,13 +13,13 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from fedpipe import cells, terminal
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import read_table, table_meta, write_table, write_text
 from fedpipe.paths import RunPaths, StudyPaths
-from fedpipe.plan_picture import Group, groups
-from fedpipe.results import curves, load, load_all, observed, summary
+from fedpipe.report import cells, terminal
+from fedpipe.report.plan_picture import Group, groups
+from fedpipe.report.results import curves, load, load_all, observed, summary
 from fedpipe.steps import report, table
 
 MIB = 2**20

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe import io
-from fedpipe.config import load_run
 from fedpipe.errors import FedpipeError
 from fedpipe.opened import Opened
 from fedpipe.rounds import Rows, Sent
 from fedpipe.states import read_world
+from fedpipe.studyfile import load_run
 
 
 def run(

@@ -7,7 +7,6 @@ from typing import Any
 import pyarrow as pa
 
 from fedpipe import io, machine
-from fedpipe.config import load_run
 from fedpipe.context import RouteCtx
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
@@ -20,6 +19,7 @@ from fedpipe.runtime import Runtime
 from fedpipe.states import write_owns, write_states
 from fedpipe.steps import provenance
 from fedpipe.steps.measure import make_plan
+from fedpipe.studyfile import load_run
 from fedpipe.types import Plan, Row
 
 ASSIGNMENT = pa.schema(

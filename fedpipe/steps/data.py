@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from fedpipe.config import load_run
 from fedpipe.data.build import build
 from fedpipe.io import write_table
 from fedpipe.steps import provenance
+from fedpipe.studyfile import load_run
 
 
 def run(run: Path, *, data: Path) -> None:

@@ -6,13 +6,13 @@ import pyarrow as pa
 import torch
 
 from fedpipe import io
-from fedpipe.config import load_run
 from fedpipe.data import dataset
 from fedpipe.evaluation import client_scores, columns, pooled
 from fedpipe.opened import rows_by_client
 from fedpipe.runtime import Runtime
 from fedpipe.states import read_world
 from fedpipe.steps import provenance
+from fedpipe.studyfile import load_run
 from fedpipe.types import Row
 
 SCHEMA = pa.schema(

@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from fedpipe import io
-from fedpipe.config import Run, load_run
+from fedpipe.config import Run
 from fedpipe.context import with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
@@ -17,6 +17,7 @@ from fedpipe.memory.measure import Peak
 from fedpipe.memory.predictor import STEPS, candidate
 from fedpipe.runtime import Runtime
 from fedpipe.steps import provenance
+from fedpipe.studyfile import load_run
 from fedpipe.types import Method, Plan, Row
 
 SCHEMA = pa.schema(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fedpipe.config import Budgets, Run, load_run
+from fedpipe.config import Budgets, Run
 from fedpipe.data.draw import Ints
 from fedpipe.data.partitioners import Owner, clients_of, natural_ids, owners
 from fedpipe.data.picture import draw
@@ -15,6 +15,7 @@ from fedpipe.data.share import histogram, test_owners, validation
 from fedpipe.io import map_arrow, table_meta, write_bytes, write_table
 from fedpipe.rng import rng
 from fedpipe.steps import provenance
+from fedpipe.studyfile import load_run
 
 SPLITS = pa.array(["train", "val", "test"])
 TRAIN, VAL, TEST = range(3)

@@ -11,16 +11,17 @@ from typing import Any
 
 import yaml
 
-from fedpipe import cells
-from fedpipe.config import Study, load_study
+from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
-from fedpipe.figures import plan_file
 from fedpipe.io import read_table, write_text
-from fedpipe.page import inline, page
 from fedpipe.paths import RunPaths
-from fedpipe.results import RunResults, load_all
+from fedpipe.report import cells
+from fedpipe.report.figures import plan_file
+from fedpipe.report.page import inline, page
+from fedpipe.report.results import RunResults, load_all
 from fedpipe.steps import measured, provenance
 from fedpipe.steps.table import pictured
+from fedpipe.studyfile import load_study
 
 PACKAGES = ("fedpipe", "torch", "numpy", "pyarrow", "safetensors", "snakemake")
 

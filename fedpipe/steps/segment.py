@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from fedpipe.config import load_run
 from fedpipe.opened import Opened
+from fedpipe.report.terminal import Progress
 from fedpipe.states import read_world
-from fedpipe.terminal import Progress
+from fedpipe.studyfile import load_run
 
 
 def run(

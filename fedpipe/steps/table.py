@@ -9,12 +9,13 @@ from typing import Any
 import pyarrow as pa
 from scipy.special import stdtrit
 
-from fedpipe import cells, figures
-from fedpipe.config import Study, load_study
+from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import write_table, write_text
-from fedpipe.results import BYTES, Row, RunResults, client_accuracies, curves, load_all, observed, summary
+from fedpipe.report import cells, figures
+from fedpipe.report.results import BYTES, Row, RunResults, client_accuracies, curves, load_all, observed, summary
 from fedpipe.steps import measured, provenance
+from fedpipe.studyfile import load_study
 
 SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
 AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from fedpipe import io
-from fedpipe.config import load_run
 from fedpipe.errors import FedpipeError
 from fedpipe.opened import METRICS, PEAKS, Opened
 from fedpipe.states import read_world
+from fedpipe.studyfile import load_run
 
 
 def run(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from snakemake.utils import validate
 
-from fedpipe.config import load_study
+from fedpipe.studyfile import load_study
 from fedpipe.digest import step_digest
 from fedpipe.errors import FedpipeError
 from fedpipe.io import canonical

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from fedpipe.cells import NOTE, present
 from fedpipe.io import read_table
+from fedpipe.report.cells import NOTE, present
 
 EVERY = 5.0  # seconds between plain lines
 PIPE_WIDTH = 140  # columns of a log or pipe

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fedpipe.figures import HELD, INK, MUTED, colour, styled
 from fedpipe.io import table_meta
-from fedpipe.results import first_rows
+from fedpipe.report.figures import HELD, INK, MUTED, colour, styled
+from fedpipe.report.results import first_rows
 from fedpipe.types import matches
 
 if TYPE_CHECKING:

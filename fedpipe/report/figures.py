@@ -177,6 +177,6 @@ def _apart(k: int) -> float:
 
 def plan_picture(plans: pa.Table, assignment: pa.Table) -> "Figure":
     """Who trains which unit in which phase, and its peak against the budget (plans.parquet, assignment.parquet)."""
-    from fedpipe.plan_picture import draw
+    from fedpipe.report.plan_picture import draw
 
     return draw(plans, assignment)

@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from fedpipe.config import Run, Study, load_run
+from fedpipe.config import Run, Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import read_table, table_meta
+from fedpipe.studyfile import load_run
 
 Row = dict[str, Any]
 BYTES = ("payload_up", "header_up", "payload_down", "header_down")
