@@ -204,10 +204,10 @@ def test_real_data(tmp_path: Path) -> None:
 def test_another_image_set_by_its_data_line_alone(tmp_path: Path) -> None:
     lines = (ROOT / "workflows/studies/cifar10_smoke.yaml").read_text().splitlines(keepends=True)
     other = (
-        "data: {name: mnist_writers, label: label, rows: 600, partition: {kind: dirichlet, alpha: 0.3, clients: 20}}\n"
+        "data: {name: mnist_writers, label: label, rows: 3000, partition: {kind: dirichlet, alpha: 0.3, clients: 20}}\n"
     )
     study = tmp_path / "mnist.yaml"
     study.write_text("".join(other if line.startswith("data:") else line for line in lines))
     assert main(["run", str(study), "--out", str(tmp_path / "out"), "--methods", "fedepth"]) == 0
     curve = io.read_table(run_of(tmp_path / "out", study, "fedepth").curve(3)).to_pylist()
-    assert curve[3]["samples"] == 120 and curve[3]["accuracy"] > curve[0]["accuracy"]
+    assert curve[3]["samples"] == 600 and curve[3]["loss"] < curve[0]["loss"]
