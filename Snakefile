@@ -11,7 +11,10 @@ min_version("9.20")
 
 
 config.setdefault("study", "workflows/studies/quickstart.yaml")
-config.setdefault("segment", 20)  # rounds in one job; changes no bit of a result
+# How the work is cut into jobs and what is kept on disk: neither changes a bit of a result
+config.setdefault("segment", 20)  # rounds in one job
+config.setdefault("jobs_per_round", 0)  # J: so many train jobs a round, and aggregate as its own; 0: segments
+config.setdefault("keep", "last")  # states: last (two segment ends) | segments (and evaluations) | all
 
 
 # Configuration, checked; where everything lies; digests of code
@@ -20,18 +23,26 @@ include: "workflows/rules/common.smk"
 include: "workflows/rules/data.smk"
 # Predicted bytes, who holds, trains and sends what
 include: "workflows/rules/plan.smk"
-# Rounds, then accuracy per client
-include: "workflows/rules/train.smk"
+# Rounds: many in one job, or train and aggregate as jobs of their own (jobs_per_round)
+include: f"workflows/rules/{'jobs' if JOBS else 'segments'}.smk"
+# Accuracy per client
+include: "workflows/rules/evaluate.smk"
+# Values of grids, chosen on validation rows
+include: "workflows/rules/select.smk"
 # Comparison of all runs, one page
 include: "workflows/rules/report.smk"
 
 
+if workflow.is_main_process:
+    logger.info(way())
+
+
 onsuccess:
-    shell("python -m fedpipe show {OUT}")
+    if STUDY.table.is_file():
+        shell("fedpipe show {OUT}")
 
 
 rule all:
     default_target: True
     input:
-        STUDY.table,
-        STUDY.report,
+        everything,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from fedpipe.errors import FedpipeError
+from fedpipe.paths import KEEP
 from fedpipe.steps import STEPS
 
 
@@ -41,6 +42,8 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     study.add_argument("--out", type=Path, default=None, help="results folder; default results/<name>")
     study.add_argument("--segment", type=int, default=20, help="rounds between files (changes no bit)")
+    study.add_argument("--keep", choices=KEEP, default=KEEP[0], help="states that stay on disk: those of the last two "
+                       "segments, of every segment, or all")  # fmt: skip
     digest = commands.add_parser("digest", help="one digest over all results of a study's folder")
     digest.add_argument("out", type=Path)
     commands.add_parser("schema", help="print the JSON schema of study files")
@@ -61,7 +64,7 @@ def _dispatch(args: argparse.Namespace) -> None:
     elif args.command == "run":
         from fedpipe.local import run_study
 
-        run_study(args.study, args.set, args.methods, args.out, args.segment)
+        run_study(args.study, args.set, args.methods, args.out, args.segment, args.keep)
     elif args.command == "digest":
         from fedpipe.fingerprint import fingerprint
 

@@ -4,12 +4,14 @@ Importing this module loads neither torch nor datasets nor matplotlib: the Snake
 """
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from fedpipe.io import canonical, digest
+from fedpipe.methodspec import MethodSpec, named, points, setting_label
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -40,6 +42,7 @@ def _number(value: Any) -> Any:
 NUMBER = BeforeValidator(_number)
 Positive = Annotated[int, Field(ge=1), NUMBER]
 Width = Annotated[float, Field(gt=0, le=1), NUMBER]
+Share = Annotated[float, Field(ge=0, le=1), NUMBER]
 
 
 class _Typed(BaseModel):
@@ -119,6 +122,26 @@ class Evaluate(_Typed):
     batch: Positive = 100
 
 
+class Stop(_Typed):
+    """When a run ends early: looked at only at fixed rounds of its curve, so that no way of running changes it.
+
+    The metric is that of the clients' validation rows where data.partition.val sets some aside, else of the test rows.
+    """
+
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    target: Annotated[float, NUMBER] | None = Field(None, description="stop once it is reached")
+    patience: Positive | None = Field(None, description="stop after so many looks without a better value")
+    every: Positive | None = Field(None, description="rounds between looks; default: every evaluation")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Stop":
+        if (self.target is None) == (self.patience is None):
+            raise ValueError("wanted one of target and patience")
+        if self.target is not None and (self.target < 0 or (self.metric == "accuracy" and self.target > 1)):
+            raise ValueError(f"target: wanted {'an accuracy in 0..1' if self.metric == 'accuracy' else 'a loss >= 0'}")
+        return self
+
+
 class ModelSpec(BaseModel):
     """A network by name, or `./file.py:function`; further keys go to the function that builds it."""
 
@@ -130,24 +153,11 @@ def _model(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class MethodSpec(_Typed):
-    """A method by name, or `./file.py:record`, and the settings that replace its defaults."""
+class Select(_Typed):
+    """Grids are tuned at one seed, by the clients' validation rows alone; the study compares the other seeds."""
 
-    name: str
-    settings: dict[str, Any] = {}
-
-
-def _methods(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    out = []
-    for item in value:
-        if isinstance(item, dict) and len(item) == 1 and "name" not in item:
-            ((name, settings),) = item.items()
-            out.append({"name": name, "settings": settings or {}})
-        else:
-            out.append({"name": item} if isinstance(item, str) else item)
-    return out
+    on: Literal["validation"] = "validation"
+    seed: Annotated[int, NUMBER] = Field(0, description="the seed grids are tuned at; not one of the comparison's")
 
 
 class _Shared(_Typed):
@@ -157,9 +167,12 @@ class _Shared(_Typed):
     model: Annotated[ModelSpec, BeforeValidator(_model)] = ModelSpec()
     rounds: Positive = 20
     cohort: Positive = Field(10, description="clients drawn per round, from all clients")
+    availability: Share = Field(1.0, description="probability that a client that is drawn is there")
+    dropout: Share = Field(0.0, description="probability that a client that has trained does not report back")
     local: Local = Local()
     budgets: Budgets = Budgets()
     evaluate: Evaluate = Evaluate()
+    stop: Stop | None = Field(None, description="end a run early: {metric: accuracy, target: 0.9} or {patience: 3}")
     precision: Literal["float32", "float64"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     stack: Literal["auto"] | Positive = Field(
@@ -191,23 +204,52 @@ class Study(_Shared):
     """A comparison: methods × settings × seeds on the same data, model and budgets."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    methods: Annotated[list[MethodSpec], BeforeValidator(_methods), Field(min_length=1)]
+    methods: Annotated[list[MethodSpec], BeforeValidator(named), Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, NUMBER]], Field(min_length=1)] = [0]
     paper: dict[str, Annotated[float, NUMBER]] = Field(
         {}, description="published accuracy by method, shown beside ours"
     )
+    select: Select | None = Field(None, description="tune grids on validation rows: {on: validation, seed: 0}")
 
     @model_validator(mode="after")
     def _distinct(self) -> "Study":
-        listed: dict[str, list[Any]] = {"methods": [setting_label(m) for m in self.methods], "seeds": self.seeds}
+        labels = [setting_label(p) for m in self.methods for p in points(m)]
+        listed: dict[str, list[Any]] = {"methods": labels, "seeds": self.seeds}
         for key, values in listed.items():
             if twice := [v for v in values if values.count(v) > 1]:
                 raise ValueError(f"{key}: {twice[0]} stands there twice")
         return self
 
-    def runs(self) -> list["Run"]:
+    @model_validator(mode="after")
+    def _selectable(self) -> "Study":
+        if self.select and not self.data.partition.val:
+            raise ValueError("select: data.partition.val is 0; wanted a share of each client's rows to validate on")
+        if self.select and self.seeds == [self.select.seed]:
+            raise ValueError(f"select.seed: {self.select.seed} is the only one of seeds; wanted others to compare")
+        return self
+
+    @property
+    def entries(self) -> list[MethodSpec]:
+        """The methods that are compared: each point of a grid, or the grid where one of its points is selected."""
+        return [p for m in self.methods for p in ([m] if self.select else points(m))]
+
+    def tuning(self) -> list["Run"]:
+        """Runs a point of each grid is selected by."""
+        return list({c.id: c for r in self.compared() for c in r.candidates}.values())
+
+    def compared(self) -> list["Run"]:
+        """Runs the table is made of."""
         shared = {k: getattr(self, k) for k in _Shared.model_fields}
-        return [Run(**shared, method=m, seed=s) for m in self.methods for s in self.seeds]
+        return [
+            Run(**shared, method=m, seed=s, select=self.select if points(m) != [m] else None)
+            for m in self.entries
+            for s in self.seeds
+            if self.select is None or s != self.select.seed
+        ]
+
+    def runs(self) -> list["Run"]:
+        """All runs, each after those it depends on."""
+        return [*self.tuning(), *self.compared()]
 
 
 class Run(_Shared):
@@ -215,6 +257,17 @@ class Run(_Shared):
 
     method: MethodSpec
     seed: Annotated[int, NUMBER]
+    select: Select | None = None
+    selection: str | None = Field(None, description="where the values of the method's grids are written")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """The folder of a selection is named by all its candidates depend on, also in specs narrowed later."""
+        if not isinstance(value, dict) or not value.get("select") or value.get("selection"):
+            return value
+        seed = Select.model_validate(value["select"]).seed
+        return {**value, "selection": cls.model_validate({**value, "select": None, "seed": seed}).id}
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -223,22 +276,35 @@ class Run(_Shared):
     @property
     def label(self) -> str:
         """The method and its settings, as tables name it."""
-        return setting_label(self.method)
+        return setting_label(self.method) + (" selected" if self.selection else "")
 
     @property
+    def candidates(self) -> list["Run"]:
+        """The runs, one per point of the grids, that this run's settings are selected by; none without `select`."""
+        if self.select is None:
+            return []
+        return [self.but(method=p, seed=self.select.seed, select=None, selection=None) for p in points(self.method)]
+
+    def but(self, **changes: Any) -> "Run":
+        """The run with other values of some keys."""
+        return Run(**{k: getattr(self, k) for k in Run.model_fields} | changes)
+
+    @cached_property
     def id(self) -> str:
         stem = re.sub(r"[^A-Za-z0-9_]+", "-", Path(self.method.name.split(":")[0]).stem)
         return f"{stem}-s{self.seed}-{digest(canonical(self.spec))}"
 
     @property
     def evaluations(self) -> list[int]:
-        """Rounds whose server state is evaluated on the pooled test rows: 0, every so many, the last."""
+        """Rounds whose server state is evaluated on the pooled test rows: 0, every so many, the last, every look."""
         every = self.evaluate.every or max(1, self.rounds // 20)
-        return sorted({*range(0, self.rounds + 1, every), self.rounds})
+        looks = range(0, self.rounds + 1, self.stop.every) if self.stop and self.stop.every else ()
+        return sorted({*range(0, self.rounds + 1, every), self.rounds, *looks})
 
-
-def setting_label(method: MethodSpec) -> str:
-    file, _, record = method.name.partition(":")
-    short = Path(file).stem + (f":{record}" if record not in ("", "method") else "")
-    settings = ", ".join(f"{k}={v}" for k, v in sorted(method.settings.items()))
-    return f"{short} ({settings})" if settings else short
+    @property
+    def looks(self) -> list[int]:
+        """Rounds at which `stop` is looked at; none of them is 0."""
+        if self.stop is None:
+            return []
+        every = self.stop.every
+        return [t for t in self.evaluations if t and (every is None or t % every == 0)]

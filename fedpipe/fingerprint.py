@@ -16,9 +16,8 @@ def fingerprint(out: Path) -> str:
     runs = sorted(p for p in (out / "runs").glob("*") if p.is_dir())
     if not runs:
         raise FedpipeError(f"{out}: no runs in this folder; wanted the results folder of a study")
-    shared = sorted(
-        [*out.glob("data/*/data.arrow"), *out.glob("*/*/p*.parquet"), *out.glob("partition/*/clients.parquet")]
-    )
+    names = ("data/*/data.arrow", "*/*/p*.parquet", "partition/*/clients.parquet", "select/*/chosen.parquet")
+    shared = sorted(f for name in names for f in out.glob(name))
     parts = [f"{p.parent.name}/{p.name} {content(p)}" for p in shared if not p.name.endswith(".obs.parquet")]
     for folder in runs:
         results = load(folder)

@@ -1,14 +1,17 @@
 """A study in one process: a plain loop over its steps that skips what is whole and was made from the same things."""
 
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpipe.errors import Damaged, FedpipeError
-from fedpipe.paths import RunPaths, StudyPaths, segments
+from fedpipe.errors import FedpipeError
+from fedpipe.guard import held, mend
+from fedpipe.methodspec import points
+from fedpipe.paths import RunPaths, StudyPaths, lasting, segments
 from fedpipe.studyfile import load_run, load_study
 
 KEPT = ("own", "next_own")  # folders of what clients keep; they may be empty, and carry no key of a run
@@ -22,11 +25,12 @@ class Job:
     reads: dict[str, Any]
     writes: dict[str, Path]
     keyed: tuple[str, ...] = ()  # the inputs that enter the key
-    keyed_as: str | None = None  # states carry one key, whatever way of running made them
 
 
 def run_jobs(p: RunPaths, every: int) -> Iterator[Job]:
     """The steps of one run in order."""
+    if p.run.selection:
+        yield Job("select", {"run": p.select_spec, "metrics": p.tuned}, {"chosen": p.chosen[0]}, ("metrics",))
     yield Job("data", {"run": p.data_spec}, {"data": p.data})
     yield Job("partition", {"run": p.partition_spec, "data": p.data},
               {"partition": p.partition, "clients": p.clients}, ("data",))  # fmt: skip
@@ -48,42 +52,51 @@ def run_jobs(p: RunPaths, every: int) -> Iterator[Job]:
 
 
 def fresh(job: Job) -> bool:
-    """Whether all a job writes exists whole and was made from what its inputs now are."""
+    """Whether all a job writes exists and was made from what its inputs now are."""
     from fedpipe.steps import provenance
 
-    if not all(path.exists() if name in KEPT else _parts(path) for name, path in job.writes.items()):
+    missing = [p for p in job.writes.values() if not p.exists()]
+    if missing:
+        if len(missing) < len(job.writes):
+            print(f"fedpipe: {missing[0]}: missing; making it again", file=sys.stderr)
         return False
     try:
-        key = provenance(job.step, load_run(job.reads["run"]), [job.reads[k] for k in job.keyed])["key"]
-    except FedpipeError as e:
-        return _unfit(e)
-    keys = [(name, _key(part)) for name, path in job.writes.items() for part in _parts(path)]
-    return all(found is not None and (name in KEPT or found == key) for name, found in keys)
+        read = [job.reads[k] for k in job.keyed]
+        inputs = [f for v in read for f in (v if isinstance(v, list) else [v])]
+        key = provenance(job.step, load_run(job.reads["run"]), inputs)["key"]
+        return all(_key(p) == key for name, path in job.writes.items() if name not in KEPT for p in _parts(path))
+    except FedpipeError:
+        return False  # an input is not there, or what is there is of another format
 
 
 def _parts(path: Path) -> list[Path]:
     """The files of an artefact: itself, or those of its folder."""
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
 def _key(path: Path) -> str | None:
-    """The key an artefact was made with; None where it is missing, damaged (which is said) or not ours."""
+    """The key an artefact was made with; None where there is none."""
     from fedpipe.io import read_meta
 
-    try:
-        return str(read_meta(path).get("key")) if path.is_file() else None
-    except FedpipeError as e:
-        _unfit(e)
-        return None
+    return str(read_meta(path).get("key")) if path.is_file() else None
 
 
-def _unfit(error: FedpipeError) -> bool:
-    if isinstance(error, Damaged):
-        print(f"fedpipe: {str(error).partition(';')[0]}; making it again", file=sys.stderr)
-    return False
+def due(jobs: list[Job]) -> list[Job]:
+    """The segments to run: those whose metrics are not there, and those before them whose state is not."""
+    metrics = [fresh(replace(j, writes={k: j.writes[k] for k in ("rounds", "curve")})) for j in jobs]
+    states = [fresh(replace(j, writes={k: j.writes[k] for k in ("next_state", "next_own")})) for j in jobs]
+    wanted = True  # the last state is always wanted
+    out = []
+    for job, has_metrics, has_state in reversed(list(zip(jobs, metrics, states, strict=True))):
+        wanted = not has_metrics or (wanted and not has_state)
+        if wanted:
+            out.append(job)
+    return out[::-1]
 
 
-def run_study(study: Path, overrides: list[str], methods: list[str] | None, out: Path | None, every: int) -> None:
+def run_study(
+    study: Path, overrides: list[str], methods: list[str] | None, out: Path | None, every: int, keep: str
+) -> None:
     """Run a study to its table and report. Steps that are done are skipped; the first failure stops it."""
     from fedpipe.digest import step_digest
     from fedpipe.methods import load
@@ -95,21 +108,35 @@ def run_study(study: Path, overrides: list[str], methods: list[str] | None, out:
     paths = StudyPaths(out or Path("results") / spec.name, spec)
     for p in paths.runs:  # what is named but not there is found before anything is made
         step_digest("segment", p.run)
-        load(p.run.method)
-    paths.write_specs()
-    done, total = 0, 0
-    for p in paths.runs:
-        for job in run_jobs(p, every):
-            total += 1
-            if not fresh(job):
-                done += 1
-                _announce(job, p)
-                importlib.import_module(f"fedpipe.steps.{job.step}").run(**job.reads, **job.writes)
-    if _tabulate(paths) or done:
-        print_table(paths.table)
-    else:
-        print(f"fedpipe: nothing to do, all {total} steps are done", file=sys.stderr)
+        for method in points(p.run.method):
+            load(method)
+    with held(paths.root):
+        paths.write_specs()
+        mend(paths)
+        done = [job for p in paths.runs for job in _run(p, every, lasting(spec, every, keep))]
+        if _tabulate(paths) or done:
+            print_table(paths.table)
+        else:
+            print("fedpipe: nothing to do, every step is done", file=sys.stderr)
     print(paths.report)
+
+
+def _run(p: RunPaths, every: int, last: set[int]) -> Iterator[Job]:
+    """Run what is due of one run; states that are used up go, unless `last` names their round."""
+    before: list[Job] = []
+    rounds: list[Job] = []
+    after: list[Job] = []
+    for job in run_jobs(p, every):
+        (rounds if job.step == "segment" else after if rounds else before).append(job)
+    for stage in (before, rounds, after):
+        for job in due(stage) if stage is rounds else (j for j in stage if not fresh(j)):
+            _announce(job, p)
+            importlib.import_module(f"fedpipe.steps.{job.step}").run(**job.reads, **job.writes)
+            first = int(job.reads["state"].name) if stage is rounds else 0
+            if first and first not in last:
+                shutil.rmtree(p.state(first))
+                shutil.rmtree(p.own(first))
+            yield job
 
 
 def _announce(job: Job, p: RunPaths) -> None:
@@ -121,7 +148,7 @@ def _tabulate(paths: StudyPaths) -> bool:
     """Make table and report unless they are of these very runs; whether anything was made."""
     from fedpipe.steps import measured, provenance
 
-    folders = [p.folder for p in paths.runs]
+    folders = [p.folder for p in paths.compared]
     inputs = [f for folder in folders for f in measured(folder)]
     table_key = provenance("table", paths.study, inputs)["key"]
     report_key = provenance("report", paths.study, inputs)["key"]

@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fedpipe.route import needed_states
 from fedpipe.runtime import Runtime
 from fedpipe.states import write_owns, write_states
 from fedpipe.steps import provenance
+from fedpipe.stopping import look
 
 METRICS = pa.schema(
     [("round", pa.int32()), ("client", pa.int32()), ("part", pa.string()), ("plan", pa.string()), ("phase", pa.int32())]
@@ -31,6 +33,7 @@ METRICS = pa.schema(
     + [("payload_down", pa.int64()), ("header_down", pa.int64()), ("failed", pa.bool_())]
 )
 CURVE = pa.schema([("round", pa.int32()), ("loss", pa.float64()), ("accuracy", pa.float64()), ("samples", pa.int32())])
+CURVE_VAL = pa.schema([*CURVE, ("val_loss", pa.float64()), ("val_accuracy", pa.float64()), ("val_samples", pa.int32())])
 TIMES = pa.schema([("round", pa.int32()), ("seconds", pa.float64()), ("host", pa.string()), ("date", pa.string())])
 PEAKS = pa.schema(
     [("round", pa.int32()), ("client", pa.int32()), ("plan", pa.string()), ("phase", pa.int32())]
@@ -50,6 +53,7 @@ class Opened:
         shares = io.read_table(partition)
         self.training = rows_by_client(shares, "train")
         self.testing = rows_by_client(shares, "test")
+        self.validation = rows_by_client(shares, "val")
         budgets = {r["client"]: r["budget"] for r in self.route if r["kind"] == "train"}
         self.rounds = Rounds(self.rt, self.plans, predicted, self.route, self.training, budgets)
         self.planned = io.table_meta(table)
@@ -74,31 +78,62 @@ class Opened:
         seen = {"host": socket.gethostname(), "date": date.today().isoformat()}
         self.seconds.append({"round": t, "seconds": time.perf_counter() - begin, **seen})
 
+    def groups(self, t: int, world: World) -> list[Rows]:
+        """The stacked groups of a round; none once the run has stopped: its states are then handed on as they are."""
+        return [] if world.watch.stopped is not None else self.rounds.groups(t)
+
     def round(self, t: int, world: World) -> World:
         """One whole round: every group trained, every state mixed."""
-        sent = self.rounds.train(t, world, self.rounds.groups(t))
+        sent = self.rounds.train(t, world, self.groups(t, world))
         self.log(sent)
         return self.rounds.mix(t, world, sent)
 
+    def evaluated(self, t: int, world: World) -> Rows:
+        """The curve's point of state t, where it is due and the run goes on; the world then knows whether it stops."""
+        if t not in self.run.evaluations or world.watch.stopped is not None:
+            return []
+        point = self.point(t, world)
+        world.watch = look(world.watch, self.run, point)
+        return [point]
+
     def point(self, t: int, world: World) -> dict[str, Any]:
-        """A point of the test curve: mean over the nodes' newest states of loss and accuracy on all test rows."""
-        rows = torch.cat(list(self.testing.values())).sort().values
-        newest: dict[str, str] = {n.split("@")[0]: n for n in sorted(world.states, key=_version)}
-        found = np.mean([pooled(self.rt, world.states[n], rows) for n in sorted(newest.values())], axis=0)
-        return {"round": t, "loss": float(found[0]), "accuracy": float(found[1]), "samples": len(rows)}
+        """A point of the curve: mean over the nodes' newest states of loss and accuracy on all test rows (and on all
+        validation rows, where the study has some)."""
+        newest = sorted({n.split("@")[0]: n for n in sorted(world.states, key=_version)}.values())
+        point: dict[str, Any] = {"round": t}
+        for prefix, shares in (("", self.testing), ("val_", self.validation)):
+            rows = torch.cat(list(shares.values())).sort().values
+            if prefix and not len(rows):
+                continue
+            found = np.mean([pooled(self.rt, world.states[n], rows) for n in newest], axis=0)
+            point |= {f"{prefix}loss": float(found[0]), f"{prefix}accuracy": float(found[1])}
+            point |= {f"{prefix}samples": len(rows)}
+        return point
+
+    def pass_observations(self, folders: list[Path]) -> None:
+        """Hand on what the jobs of a round observed: their peaks, and their times (of one after another)."""
+        for kind, seen in (("times", self.seconds), ("peaks", self.rounds.peaks)):
+            for folder in folders:
+                seen += io.read_table(folder / f"{kind}.obs.parquet").to_pylist()
 
     def write_world(self, state: Path, own: Path, world: World, t: int) -> None:
         keep = needed_states(self.route, t)
-        write_states(state, {n: s for n, s in world.states.items() if n in keep}, t, self.meta)
+        self.stopped = world.watch.stopped
+        watch = {"watch": asdict(world.watch)} if self.run.stop else {}
+        write_states(state, {n: s for n, s in world.states.items() if n in keep}, t, {**self.meta, **watch})
         write_owns(own, world.owns, self.meta)
+        folders = {"state": state, "own": own}
+        self.holds = {kind: sorted(f.name for f in folder.iterdir()) for kind, folder in folders.items()}
 
     def write_metrics(self, rounds: Path, curve: Path, points: Rows) -> None:
         # Observations first: with the results there, the step counts as done.
         io.write_table(rounds.with_suffix(".obs.parquet"), self.seconds, self.meta, TIMES)
         if self.rounds.peaks:
             io.write_table(rounds.with_suffix(".peaks.obs.parquet"), self.rounds.peaks, self.meta, PEAKS)
-        io.write_table(rounds, self.log_rows, self.meta, METRICS)
-        io.write_table(curve, points, self.meta, CURVE)
+        stopped = {"stopped": self.stopped} if self.run.stop else {}
+        io.write_table(rounds, self.log_rows, {**self.meta, "holds": self.holds, **stopped}, METRICS)
+        columns = CURVE_VAL if self.run.data.partition.val else CURVE
+        io.write_table(curve, points, {**self.meta, **stopped}, columns)
 
 
 def _version(name: str) -> int:

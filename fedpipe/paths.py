@@ -1,6 +1,7 @@
 """Where every artefact of a study lies: one place for the workflow, the command line and the in-process loop."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from fedpipe.config import Partition, Run, Study
@@ -25,7 +26,7 @@ def for_partition(run: Run) -> Run:
 
 def for_measure(run: Run) -> Run:
     """The run with only what predictions depend on: not the seed, who is drawn, or how it is evaluated."""
-    dropped = {"seed", "cohort", "evaluate", "stack", "on_client_failure", "measure"}
+    dropped = {"seed", "cohort", "availability", "dropout", "evaluate", "stop", "stack", "on_client_failure", "measure"}
     return Run.model_validate({"seed": 0, "cohort": 1, **{k: v for k, v in run.spec.items() if k not in dropped}})
 
 
@@ -52,7 +53,7 @@ class RunPaths:
     root: Path
     run: Run
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         return self.root / "runs" / self.run.id
 
@@ -73,11 +74,11 @@ class RunPaths:
     def measure_spec(self) -> Path:
         return self.prediction.with_name("spec.json")
 
-    @property
+    @cached_property
     def data(self) -> Path:
         return self.root / "data" / data_id(self.run) / "data.arrow"
 
-    @property
+    @cached_property
     def partition(self) -> Path:
         return self.root / "partition" / partition_id(self.run) / "partition.parquet"
 
@@ -85,7 +86,7 @@ class RunPaths:
     def clients(self) -> Path:
         return self.partition.with_name("clients.parquet")
 
-    @property
+    @cached_property
     def prediction(self) -> Path:
         return self.root / "measure" / measure_id(self.run) / "prediction.parquet"
 
@@ -116,6 +117,21 @@ class RunPaths:
         return self.folder / "curve" / f"{t:06d}.parquet"
 
     @property
+    def chosen(self) -> list[Path]:
+        """The file the values of this run's grids are read from; none where it has no grid."""
+        return [self.root / "select" / self.run.selection / "chosen.parquet"] if self.run.selection else []
+
+    @property
+    def select_spec(self) -> Path:
+        """The run with the seed its grids are tuned at, and its grids."""
+        return self.chosen[0].with_name("spec.json")
+
+    @property
+    def tuned(self) -> list[Path]:
+        """Metrics of the runs that this run's settings are selected by."""
+        return [RunPaths(self.root, c).metrics for c in self.run.candidates]
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.parquet"
 
@@ -127,9 +143,14 @@ class StudyPaths:
     root: Path
     study: Study
 
-    @property
+    @cached_property
     def runs(self) -> list[RunPaths]:
         return [RunPaths(self.root, r) for r in self.study.runs()]
+
+    @property
+    def compared(self) -> list[RunPaths]:
+        """The runs the table is made of: all but those that values are selected by."""
+        return [RunPaths(self.root, r) for r in self.study.compared()]
 
     @property
     def spec(self) -> Path:
@@ -149,6 +170,9 @@ class StudyPaths:
         for p in self.runs:
             narrowed = {p.data_spec: for_data, p.partition_spec: for_partition, p.measure_spec: for_measure}
             write_text(p.spec, canonical(p.run.spec) + "\n")
+            if p.run.select:
+                grids = p.run.but(seed=p.run.select.seed, select=None, selection=None)
+                write_text(p.select_spec, canonical(grids.spec) + "\n")
             for path, narrow in narrowed.items():
                 write_text(path, canonical(narrow(p.run).spec) + "\n")
 
@@ -156,3 +180,15 @@ class StudyPaths:
 def segments(rounds: int, every: int) -> list[tuple[int, int]]:
     """(first, last) states of the segments of a run: (0, every), (every, 2 every), ..."""
     return [(t, min(t + every, rounds)) for t in range(0, rounds, every)]
+
+
+KEEP = ("last", "segments", "all")
+
+
+def lasting(study: Study, every: int, keep: str) -> set[int]:
+    """Rounds whose state outlives its use: of a segment of `every` rounds the last two ends (`last`), every end and
+    evaluation (`segments`), or all."""
+    ends = [last for _, last in segments(study.rounds, every)]
+    if keep == "last":
+        return set(ends[-2:])
+    return set(range(1, study.rounds + 1)) if keep == "all" else {*ends, *study.runs()[0].evaluations} - {0}

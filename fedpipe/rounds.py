@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedpipe.client import Client, Result
 from fedpipe.errors import FedpipeError
 from fedpipe.memory.enforce import Witness
 from fedpipe.runtime import Runtime
+from fedpipe.stopping import Watch
 from fedpipe.types import Plan, Tensors, Update, select
 
 Rows = list[dict[str, Any]]
@@ -26,6 +27,7 @@ class World:
 
     states: dict[str, Tensors]
     owns: dict[int, tuple[int, Tensors | Path]] = field(default_factory=dict)
+    watch: Watch = Watch()  # of the study's `stop`
 
     def own(self, client: int) -> Tensors:
         found = self.owns.get(client, (0, {}))[1]
@@ -52,6 +54,7 @@ class Rounds:
         self.by_round: dict[int, Rows] = {}
         for r in rows:
             self.by_round.setdefault(r["round"], []).append(r)
+        self.awaited = {(r["round"], u) for r in rows if r["kind"] == "mix" for u in r["updates"]}
         self.rows = rows
         self.peaks: Rows = []
 
@@ -89,7 +92,7 @@ class Rounds:
             if row["kind"] == "mix":
                 mixed = self._mix(row, states, [by_id[u] for u in row["updates"] if u in by_id])
                 states[row["out"]] = dict(sorted(mixed.items()))
-        return World(states, owns)
+        return replace(world, states=states, owns=owns)
 
     def _mix(self, row: dict[str, Any], states: dict[str, Tensors], sent: list[Sent]) -> Tensors:
         base, arrived = states[row["base"]], [s for s in sent if s.image is not None]
@@ -136,10 +139,12 @@ class Rounds:
         meta = {"client": row["client"], "round": row["round"], "samples": samples, "weight": weight}
         image = None if failed else io.encode(result.sent, meta)
         header = io.header_bytes(image) if image else 0
+        reports = (row["round"], _row_id(row)) in self.awaited  # a client that drops out sends nothing
+        up = (len(image) - header, header) if image and reports else (0, 0)
         shared = {k: row[k] for k in ("round", "client", "part", "plan")}
         metrics = []
         for i, (steps, first, last) in enumerate(result.phases):
-            bytes_ = (len(image) - header if image else 0, header, *down) if i == 0 else (0, 0, 0, 0)
+            bytes_ = (*up, *down) if i == 0 else (0, 0, 0, 0)
             names = ("payload_up", "header_up", "payload_down", "header_down")
             metrics.append(
                 {**shared, "phase": i, "steps": steps, "loss_first": float(first), "loss_last": float(last)}

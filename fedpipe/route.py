@@ -1,11 +1,14 @@
 """Routes: who starts from which state and who averages what, as rows. The engine adds plan, group, own and reply."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
+from fedpipe.config import Run
 from fedpipe.context import RouteCtx
+from fedpipe.rng import rng
 from fedpipe.types import Mix, Plan, Train
 
 SCHEMA = pa.schema(
@@ -28,6 +31,28 @@ def star(ctx: RouteCtx) -> Iterator[Train | Mix]:
         cohort = list(ctx.cohort(t))
         yield from (Train(t, i, f"server@{t}") for i in cohort)
         yield Mix(t, f"server@{t + 1}", f"server@{t}", tuple(Train(t, i, "").id for i in cohort))
+
+
+def thinned(rows: Iterable[Train | Mix], run: Run) -> Iterator[Train | Mix]:
+    """Rows without the clients that are not there, and Mix rows without the updates that do not come back.
+
+    The draws are a client's in a round, whatever the method: a client that is not there has no row; one that drops
+    out received the model and trained, and keeps what it keeps, but nobody gets its update.
+    """
+
+    def there(client: int, round: int) -> bool:
+        return run.availability == 1 or bool(rng(run.seed, round, client, "availability").random() < run.availability)
+
+    def reports(client: int, round: int) -> bool:
+        return run.dropout == 0 or bool(rng(run.seed, round, client, "dropout").random() >= run.dropout)
+
+    for r in rows:
+        if isinstance(r, Mix):
+            clients = [int(u.split(":")[0]) for u in r.updates]
+            came = (u for u, c in zip(r.updates, clients, strict=True) if there(c, r.round) and reports(c, r.round))
+            yield replace(r, updates=tuple(came))
+        elif there(r.client, r.round):
+            yield r
 
 
 def schedule(

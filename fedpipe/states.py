@@ -6,6 +6,7 @@ from typing import Any
 from fedpipe import io
 from fedpipe.errors import FedpipeError
 from fedpipe.rounds import World
+from fedpipe.stopping import Watch
 from fedpipe.types import Tensors
 
 
@@ -35,10 +36,12 @@ def read_world(state: Path, own: Path, like: Tensors | None = None) -> tuple[Wor
     """
     states: dict[str, Tensors] = {}
     rounds = set[int]()
+    watch: dict[str, Any] = {}
     for path in _files(state):
         states[path.stem], meta = io.read_tensors(path)
         _check(path, states[path.stem], meta, like)
         rounds.add(meta["round"])
+        watch = meta.get("watch", watch)
     if len(rounds) != 1:
         found = f"states of rounds {', '.join(map(str, sorted(rounds)))}" if rounds else "no state"
         raise FedpipeError(f"{state}: {found} in this folder; wanted node@version.safetensors of one round")
@@ -48,7 +51,7 @@ def read_world(state: Path, own: Path, like: Tensors | None = None) -> tuple[Wor
         if not (client.isdecimal() and last.isdecimal()):
             raise FedpipeError(f"{path}: no name of an own file; wanted client@round.safetensors")
         owns[int(client)] = (int(last), path)
-    return World(states, owns), rounds.pop()
+    return World(states, owns, Watch(**watch)), rounds.pop()
 
 
 def _check(path: Path, tensors: Tensors, meta: dict[str, Any], like: Tensors | None) -> None:

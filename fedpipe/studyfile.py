@@ -1,5 +1,6 @@
 """Study and run files, read and checked: YAML with every key once, `1e-3` a number, and every number finite."""
 
+import json
 import math
 import re
 import reprlib
@@ -9,8 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedpipe.config import MethodSpec, Run, Study, setting_label
+from fedpipe.config import Run, Study
 from fedpipe.errors import FedpipeError
+from fedpipe.io import read_table
+from fedpipe.methodspec import MethodSpec, setting_label
 
 _POWER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # text to YAML 1.1 and to the library
 
@@ -117,7 +120,7 @@ def _chosen(study: Study, name: str) -> list[MethodSpec]:
 
 
 def _check_paper(study: Study, path: Path) -> None:
-    names = {n for m in study.methods for n in (m.name, setting_label(m))}
+    names = {n for m in study.entries for n in (m.name, setting_label(m))}
     for name, value in study.paper.items():
         if name not in names or not 0 <= value <= 1:
             wanted = "wanted one of the study's methods and an accuracy in 0..1"
@@ -125,10 +128,17 @@ def _check_paper(study: Study, path: Path) -> None:
 
 
 def load_run(path: Path) -> Run:
-    """Read a run's resolved specification (`run.json`)."""
+    """Read a run's resolved specification (`run.json`), the values that were selected in place of its grids."""
     if not path.is_file():
         raise FedpipeError(f"{path}: no such run file")
     try:
-        return Run.model_validate_json(path.read_bytes())
+        run = Run.model_validate_json(path.read_bytes())
     except ValidationError as e:
         raise _one_line(e, str(path)) from None
+    return run if run.selection is None else _selected(run, path.parents[2] / "select" / run.selection)
+
+
+def _selected(run: Run, folder: Path) -> Run:
+    rows = read_table(folder / "chosen.parquet").to_pylist()
+    settings = next(json.loads(r["settings"]) for r in rows if r["chosen"])
+    return run.but(method=MethodSpec(name=run.method.name, settings=settings))

@@ -33,7 +33,9 @@ def make_run(method: str | dict[str, Any], base: dict[str, Any] = IID, **keys: A
 
 def assigned(run: Run, root: Path) -> RunPaths:
     """Run the steps of a run up to `assign`, where they are not done."""
-    study = Study.model_validate({**run.model_dump(exclude={"method", "seed"}), "name": "t", "methods": [run.method]})
+    study = Study.model_validate(
+        {**run.model_dump(exclude={"method", "seed", "select", "selection"}), "name": "t", "methods": [run.method]}
+    )
     paths = StudyPaths(root, study.model_copy(update={"seeds": [run.seed]}))
     paths.write_specs()
     (p,) = paths.runs

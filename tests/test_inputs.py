@@ -122,8 +122,8 @@ def test_a_wrong_value_names_file_and_key(study: Path, refused: Refused, item: s
         (["--segment", "0"], "--segment: 0; wanted a number of rounds, at least 1"),
         (["--segment", "x"], "argument --segment: invalid int value: 'x'"),
         (["--nothing"], "unrecognized arguments: --nothing"),
-        (["--out", "tiny.yaml"], "tiny.yaml/study.json: could not be written"),
-        (["--out", "/dev/null/x"], "/dev/null/x/study.json: could not be written"),
+        (["--out", "tiny.yaml"], "tiny.yaml/.lock: could not be written"),
+        (["--out", "/dev/null/x"], "/dev/null/x/.lock: could not be written"),
     ],
 )
 def test_a_wrong_argument_is_named(study: Path, refused: Refused, arguments: list[str], wanted: str) -> None:

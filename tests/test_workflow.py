@@ -51,8 +51,8 @@ def test_lint() -> None:
 def test_quickstart_lists_every_job(tmp_path: Path) -> None:
     once = {"data": 1, "table": 1, "report": 1, "all": 1}
     per_run = {"partition": 3, "measure": 2, "assign": 6, "evaluate": 6}  # seeds, methods, both
-    assert jobs(dry_run(tmp_path)) == {**once, **per_run, "segment": 6}
-    assert jobs(dry_run(tmp_path, "segment=5")) == {**once, **per_run, "segment": 24}
+    assert jobs(dry_run(tmp_path)) == {**once, **per_run, "segment_kept": 6}
+    assert jobs(dry_run(tmp_path, "segment=5")) == {**once, **per_run, "segment": 12, "segment_kept": 12}
 
 
 def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:
     [
         ("round=3", "round: unknown key"),
         ("rounds=0", "rounds: Input should be greater than or equal to 1 (got 0)"),
-        ("segment=0", "segment: wanted a number of rounds, at least 1, got 0"),
+        ("segment=0", "segment: wanted a whole number, at least 1, got 0"),
         ("study=nowhere.yaml", "nowhere.yaml: no such study file; here are workflows/studies/"),
         ("methods=[fedavgg]", "methods: 'fedavgg' is not known; there are fedavg"),
         ("model=./nowhere.py:net", "nowhere.py: no such file"),

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedpipe.config import MethodSpec
 from fedpipe.errors import FedpipeError
+from fedpipe.methodspec import MethodSpec
 from fedpipe.types import Method
 from fedpipe.userfile import load_attribute
 

@@ -76,6 +76,10 @@ def _cells(r: Row) -> dict[str, str]:
         "Left out": amount(r["left_out"]),
         "Idle rounds": f"{amount(r['idle_rounds'])} of {amount(r['rounds'])}",
         "Failed updates": amount(r["failed_updates"]),
+        "Lost updates": amount(r["lost_updates"]),
+        "Target reached": "" if r["reached"] is None else f"{r['reached']} of {r['seeds']}",
+        "Rounds to target": amount(r["rounds_to_target"]),
+        "Bytes to target (MiB)": mib(r["bytes_to_target"]),
         "Platforms": amount(r["platforms"]),
         "Payload up / down (MiB)": _pair(r, "payload"),
         "Headers up / down (MiB)": _pair(r, "header"),
@@ -86,19 +90,22 @@ def _cells(r: Row) -> dict[str, str]:
 def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
     """The final table as text, with measured peaks and time where observations are given.
 
-    "Personal" stands there only when some method has personal models, "Failed updates" only when some failed, and
-    "Platforms" only when a run went on where another platform gives other bits.
+    "Personal" stands there only when some method has personal models, "Failed updates" and "Lost updates" only when
+    some were, "Platforms" only when a run went on where another platform gives other bits, "Target reached" only
+    where the study has a target.
     """
     rows = [_cells(r) for r in table.to_pylist()]
     if observed is not None:
         by_label = {r["label"]: r for r in observed.to_pylist()}
         for cells in rows:
             o = by_label.get(cells["Method"], {})
-            ratio, seconds = o.get("peak_ratio"), o.get("seconds")
+            ratio, seconds, until = o.get("peak_ratio"), o.get("seconds"), o.get("seconds_to_target")
             cells["Measured peak (MiB)"] = mib(o.get("measured_peak"))
             cells["Measured / predicted"] = "" if ratio is None else f"{ratio:.3f}"
             cells["Time (s)"] = "" if seconds is None else f"{seconds:.1f}"
-    optional = {"Personal (%)": "", "Failed updates": "0", "Platforms": "1"}
+            cells["Time to target (s)"] = "" if until is None else f"{until:.1f}"
+    optional = {"Personal (%)": "", "Failed updates": "0", "Lost updates": "0", "Platforms": "1", "Target reached": ""}
+    optional |= dict.fromkeys(("Rounds to target", "Bytes to target (MiB)", "Time to target (s)"), "")
     headers = [h for h in rows[0] if h not in optional or any(r[h] != optional[h] for r in rows)]
     return Shown(headers, [[r[h] for h in headers] for r in rows])
 

@@ -42,6 +42,7 @@ class RunResults:
     assignment: list[Row]
     plans_table: pa.Table
     assignment_table: pa.Table
+    stopped: int | None = None  # the round the study's `stop` was met at
 
     @cached_property
     def peaks(self) -> list[Row]:
@@ -50,10 +51,20 @@ class RunResults:
 
     @cached_property
     def seconds(self) -> float | None:
-        """Wall time of all rounds (observation)."""
+        """Wall time of all rounds that trained (observation)."""
         found = (self.folder / "rounds").glob("*.obs.parquet")
         rows = _series(sorted(f for f in found if not f.name.endswith(".peaks.obs.parquet")))
         return sum(r["seconds"] for r in rows) if rows else None
+
+    @property
+    def length(self) -> int:
+        """Rounds until the run stopped."""
+        return self.run.rounds if self.stopped is None else self.stopped
+
+    @property
+    def reached(self) -> bool:
+        """Whether the run stopped because a target was reached."""
+        return self.stopped is not None and self.run.stop is not None and self.run.stop.target is not None
 
     @cached_property
     def left_out(self) -> list[Row]:
@@ -63,8 +74,8 @@ class RunResults:
 
     @property
     def idle(self) -> int:
-        """Rounds in which nobody trained."""
-        return self.run.rounds - len({r["round"] for r in self.rounds})
+        """Rounds before the run stopped in which nobody trained."""
+        return self.length - len({r["round"] for r in self.rounds})
 
 
 def load(folder: Path) -> RunResults:
@@ -89,15 +100,16 @@ def load(folder: Path) -> RunResults:
         assignment=assignment.to_pylist(),
         plans_table=plans,
         assignment_table=assignment,
+        stopped=table_meta(read_table(rounds[-1]), str(rounds[-1])).get("stopped"),
     )
 
 
 def load_all(study: Study, folders: list[Path]) -> list[RunResults]:
-    """The study's runs in its own order of methods and seeds; each has to be given, and no other."""
-    found = {(r := load(f)).run.id: r for f in folders}
-    wanted = {r.id: r for r in study.runs()}
+    """The compared runs in the study's own order of methods and seeds; each of its runs may be given, and no other."""
+    wanted, known = {r.id: r for r in study.compared()}, {r.id for r in study.runs()}
+    found = {(f.name if (r := load(f)).run.selection else r.run.id): r for f in folders}
     for name, result in found.items():
-        if name not in wanted:
+        if name not in known:
             raise FedpipeError(f"{result.folder}: not a run of the study {study.name}")
     for name in wanted:
         if name not in found:
@@ -148,6 +160,8 @@ def _spread(values: list[float]) -> tuple[float | None, float | None]:
 def summary(run: RunResults) -> Row:
     """One row per run. Accuracies in 0..1, bytes summed over all rounds and clients, predicted_peak in bytes.
 
+    A run stops where its target is reached, so what it trained and sent until then is all it did. An update is lost
+    when its client dropped out: a message always has a header.
     `client_*` are the server's model on each client's own test rows, `personal_*` each client's own model there.
     """
     pooled = next((r for r in run.metrics if r["client"] is None and r["column"] == "global"), None)
@@ -155,6 +169,7 @@ def summary(run: RunResults) -> Row:
     personal, personal_spread = _spread(_of_clients(run, "personal"))
     clients = {r["client"] for r in run.assignment}
     peaks = [r["predicted"] for r in run.assignment if r["predicted"] is not None]
+    sent = {b: sum(r[b] for r in run.rounds) for b in BYTES}
     return {
         "label": run.run.label,
         "method": run.run.method.name,
@@ -165,20 +180,25 @@ def summary(run: RunResults) -> Row:
         "client_spread": client_spread,
         "personal_accuracy": personal,
         "personal_spread": personal_spread,
-        **{b: sum(r[b] for r in run.rounds) for b in BYTES},
+        **sent,
         "clients": len(clients),
         "taking_part": len(clients) - len(run.left_out),
         "left_out": len(run.left_out),
-        "rounds": run.run.rounds,
+        "rounds": run.length,
         "platforms": len(run.platforms),
         "idle_rounds": run.idle,
         "failed_updates": len({(r["round"], r["client"], r["part"]) for r in run.rounds if r["failed"]}),
+        "lost_updates": sum(r["phase"] == 0 and not r["failed"] and not r["header_up"] for r in run.rounds),
+        "reached": int(run.reached) if run.run.stop and run.run.stop.target is not None else None,
+        "rounds_to_target": run.stopped if run.reached else None,
+        "bytes_to_target": sum(sent.values()) if run.reached else None,
         "predicted_peak": max(peaks, default=None),
     }
 
 
 def observed(run: RunResults) -> Row:
-    """One row per run of what was measured: largest peak (bytes), largest measured / predicted, seconds."""
+    """One row per run of what was measured: largest peak (bytes), largest measured / predicted, seconds (all, and to
+    the target where it was reached)."""
     measured = [p for p in run.peaks if p["measured"] is not None]
     return {
         "label": run.run.label,
@@ -186,6 +206,7 @@ def observed(run: RunResults) -> Row:
         "measured_peak": max((p["measured"] for p in measured), default=None),
         "peak_ratio": max((p["measured"] / p["predicted"] for p in measured if p["predicted"]), default=None),
         "seconds": run.seconds,
+        "seconds_to_target": run.seconds if run.reached else None,
     }
 
 

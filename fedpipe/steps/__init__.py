@@ -9,7 +9,19 @@ from fedpipe.config import Run, Study
 from fedpipe.digest import step_digest
 from fedpipe.errors import Damaged
 
-STEPS = ("data", "partition", "measure", "assign", "train", "aggregate", "segment", "evaluate", "table", "report")
+STEPS = (
+    "data",
+    "partition",
+    "measure",
+    "assign",
+    "train",
+    "aggregate",
+    "segment",
+    "evaluate",
+    "select",
+    "table",
+    "report",
+)
 _contents: dict[tuple[str, int, int], str] = {}
 
 

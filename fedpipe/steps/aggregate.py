@@ -22,16 +22,16 @@ def run(
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
     world, t = read_world(state, own, opened.rt.state0)
-    points = [opened.point(0, world)] if t == 0 else []
+    points = opened.evaluated(0, world) if t == 0 else []
     metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]] = {}
     for folder in trained:
         for m in io.read_table(folder / "metrics.arrow").to_pylist():
             metrics.setdefault((m["client"], m["part"]), []).append((m, folder))
-    sent = [_sent(r, t, metrics) for g in opened.rounds.groups(t) for r in g]
+    sent = [_sent(r, t, metrics) for g in opened.groups(t, world) for r in g]
     opened.log(sent)
     world = opened.rounds.mix(t, world, sent)
-    if t + 1 in spec.evaluations:
-        points.append(opened.point(t + 1, world))
+    points += opened.evaluated(t + 1, world)
+    opened.pass_observations(trained)
     opened.write_world(next_state, next_own, world, t + 1)
     opened.write_metrics(rounds, curve, points)
 

@@ -14,7 +14,7 @@ from fedpipe.memory.enforce import mib
 from fedpipe.plans import SCHEMA as PLANS
 from fedpipe.plans import key, plan_rows
 from fedpipe.route import SCHEMA as ROUTE
-from fedpipe.route import schedule, star
+from fedpipe.route import schedule, star, thinned
 from fedpipe.runtime import Runtime
 from fedpipe.states import write_owns, write_states
 from fedpipe.steps import provenance
@@ -49,7 +49,7 @@ def run(
         )
     by_client = {p["client"]: (p, s) for p, s in zip(people, stages, strict=True)}
     rows = schedule(
-        (rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)),
+        thinned((rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)), spec),
         plan_of=lambda client, round: _at(by_client[client][1], round),
         plans=chosen.plans,
         stack_key=lambda client, plan: rt.stack_key(by_client[client][0]["samples"], chosen.plans[plan]),

@@ -3,7 +3,7 @@
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,15 +52,29 @@ def _budgets(study: Study) -> str:
 def statement(study: Study) -> str:
     """What was run, as one paragraph."""
     data, part, local, sgd = study.data, study.data.partition, study.local, study.local.optimizer
+    seeds = list(dict.fromkeys(r.seed for r in study.compared()))
     known = {"dirichlet": f"Dirichlet, alpha {part.alpha}", "shards": f"{part.shards} shards each"}
     return (
-        f"{_listed(dict.fromkeys(r.label for r in study.runs()))} on {data.name}, shared out among"
+        f"{_listed(dict.fromkeys(r.label for r in study.compared()))} on {data.name}, shared out among"
         f" {part.clients} clients ({known.get(part.kind, part.kind)}): {study.model.name} is trained for"
         f" {_plural(study.rounds, 'round')} with {_plural(study.cohort, 'client')} drawn in each,"
         f" {_plural(local.epochs, 'local epoch')} in batches of {local.batch}, {sgd.name} with"
         f" learning rate {sgd.lr} and momentum {sgd.momentum}, repeated with"
-        f" {_plural(len(study.seeds), 'seed')} ({_listed(study.seeds)}). {_budgets(study)}"
+        f" {_plural(len(seeds), 'seed')} ({_listed(seeds)}). {' '.join([_budgets(study), *_conditions(study)])}"
     )
+
+
+def _conditions(study: Study) -> Iterator[str]:
+    if study.availability < 1:
+        yield f"A client that is drawn is there with probability {study.availability}."
+    if study.dropout:
+        yield f"One that has trained drops out, its update lost, with probability {study.dropout}."
+    if study.stop:
+        rows = "validation" if study.data.partition.val else "test"
+        until = f"reaches {study.stop.target}" if study.stop.target is not None else "gets better no more"
+        yield f"A run stops when the {study.stop.metric} on {rows} rows {until}."
+    if study.select:
+        yield f"Grids are tuned on validation rows, at seed {study.select.seed}, which the comparison leaves out."
 
 
 def words_on(run: RunResults) -> str:
@@ -68,9 +82,11 @@ def words_on(run: RunResults) -> str:
     clients = len({r["client"] for r in run.assignment})
     said = [_left_out(run, clients) if run.left_out else f"all {clients} clients took part"]
     if run.idle:
-        said.append(f"{run.idle} of {run.run.rounds} rounds idle: nobody drawn could train, the model stayed as it was")
+        said.append(f"{run.idle} of {run.length} rounds idle: nobody drawn could train, the model stayed as it was")
     else:
-        said.append(f"somebody trained in each of the {run.run.rounds} rounds")
+        said.append(f"somebody trained in each of the {run.length} rounds")
+    if run.stopped is not None:
+        said.append(f"stopped at round {run.stopped} of {run.run.rounds}")
     if failed := len({(r["round"], r["client"], r["part"]) for r in run.rounds if r["failed"]}):
         said.append(f"{_plural(failed, 'failed update')} taken out of the mean")
     return "; ".join(said)

@@ -1,5 +1,6 @@
 """Step segment: K rounds in one process, from one state to a later one. Rounds are those of `train` and `aggregate`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from fedpipe.opened import Opened
@@ -14,20 +15,21 @@ def run(
 ) -> None:  # fmt: skip
     """Train and mix from the round of `state` up to state `last`; write it, every own file, metrics and test curve.
 
+    Once the study's `stop` is met, at whatever state, nobody trains and nothing is evaluated: states are handed on.
+
     Raises FedpipeError when the platform is not that of state 0, or a client fails or goes over its budget.
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
     world, first = read_world(state, own, opened.rt.state0)
-    points = [opened.point(0, world)] if first == 0 else []
+    points = opened.evaluated(0, world) if first == 0 else []
     with Progress(f"{spec.label} seed {spec.seed}", spec.rounds, first) as progress:
         for t in range(first, last):
-            with opened.timed(t):
+            with opened.timed(t) if world.watch.stopped is None else nullcontext():
                 world = opened.round(t, world)
             keep = opened.needed(t + 1)
             world.states = {n: s for n, s in world.states.items() if n in keep}
-            if t + 1 in spec.evaluations:
-                points.append(opened.point(t + 1, world))
+            points += opened.evaluated(t + 1, world)
             progress.advance(t + 1, points[-1]["accuracy"] if points else None)
     opened.write_world(next_state, next_own, world, last)
     opened.write_metrics(rounds, curve, points)

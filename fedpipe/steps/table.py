@@ -18,7 +18,9 @@ from fedpipe.steps import measured, provenance
 from fedpipe.studyfile import load_study
 
 SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
-AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates")
+AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates",
+           "lost_updates")  # fmt: skip
+TO_TARGET = ("rounds_to_target", "bytes_to_target")  # of the runs that reached it
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -54,6 +56,9 @@ def _row(rows: list[Row], first: list[Row], paper: dict[str, float]) -> Row:
         out |= _difference(rows, first, column)
     out["paper"] = paper.get(label, paper.get(method))
     out |= {c: fmean(r[c] for r in rows) for c in AMOUNTS}
+    reached = _known(rows, "reached").values()
+    out["reached"] = sum(reached) if reached else None
+    out |= {c: interval(list(_known(rows, c).values()))["mean"] for c in TO_TARGET}
     out["predicted_peak"] = max((r["predicted_peak"] for r in rows if r["predicted_peak"] is not None), default=None)
     return out
 
@@ -61,7 +66,7 @@ def _row(rows: list[Row], first: list[Row], paper: dict[str, float]) -> Row:
 def _type(column: str) -> pa.DataType:
     if column in ("label", "method"):
         return pa.string()
-    if column in ("seeds", "predicted_peak", "measured_peak"):
+    if column in ("seeds", "predicted_peak", "measured_peak", "reached"):
         return pa.int64()
     return pa.bool_() if column.endswith("_differs") else pa.float64()
 
@@ -76,8 +81,9 @@ def _by_label(rows: list[Row]) -> list[list[Row]]:
 
 def tabulate(study: Study, runs: list[RunResults]) -> pa.Table:
     """One row per label: seeds, scores with `_std _low _high` and `_diff _diff_low _diff_high _differs` against the
-    study's first method, the paper's accuracy, amounts as means over seeds (bytes, clients, rounds), largest peak."""
-    known = {name for r in study.runs() for name in (r.label, r.method.name)}
+    study's first method, the paper's accuracy, amounts as means over seeds (bytes, clients, rounds), how many seeds
+    reached the study's target (null without one), means over these of rounds and bytes until then, largest peak."""
+    known = {name for r in study.compared() for name in (r.label, r.method.name)}
     for name, value in study.paper.items():
         if name not in known or not 0 <= value <= 1:
             raise FedpipeError(f"paper.{name}: wanted one of the study's methods and an accuracy in 0..1 (got {value})")
@@ -90,13 +96,14 @@ def _largest(values: Sequence[Any]) -> Any:
 
 
 def observations(runs: list[RunResults]) -> pa.Table:
-    """One row per label: largest measured peak (bytes) and measured / predicted, mean seconds of a run."""
+    """One row per label: largest measured peak (bytes) and measured / predicted, mean seconds of a run and until
+    it reached the target."""
     out = []
     for rows in _by_label([observed(r) for r in runs]):
-        seconds = list(_known(rows, "seconds").values())
         row = {"label": rows[0]["label"], "seeds": len(rows)}
         row |= {c: _largest([r[c] for r in rows]) for c in ("measured_peak", "peak_ratio")}
-        out.append({**row, "seconds": fmean(seconds) if seconds else None})
+        seconds = ("seconds", "seconds_to_target")
+        out.append({**row, **{c: interval(list(_known(rows, c).values()))["mean"] for c in seconds}})
     return _typed(out)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedpipe import io
 from fedpipe.errors import FedpipeError
-from fedpipe.opened import METRICS, PEAKS, Opened
+from fedpipe.opened import METRICS, PEAKS, TIMES, Opened
 from fedpipe.states import read_world
 from fedpipe.studyfile import load_run
 
@@ -21,7 +21,7 @@ def run(
         raise FedpipeError(f"job: {job} of {jobs} jobs; wanted 0 <= job < jobs")
     opened = Opened(load_run(run), data, partition, plans, route)
     world, t = read_world(state, own, opened.rt.state0)
-    groups = opened.rounds.groups(t)
+    groups = opened.groups(t, world)
     with opened.timed(t):
         sent = opened.rounds.train(t, world, groups[job::jobs])
     opened.log(sent)
@@ -33,5 +33,5 @@ def run(
                 if s.own:
                     io.write_tensors(folder / "own" / name, s.own, {"client": s.row["client"], "round": t})
         io.write_table(folder / "metrics.arrow", opened.log_rows, opened.meta, METRICS)
-        if opened.rounds.peaks:
-            io.write_table(folder / "peaks.obs.parquet", opened.rounds.peaks, opened.meta, PEAKS)
+        io.write_table(folder / "times.obs.parquet", opened.seconds, opened.meta, TIMES)
+        io.write_table(folder / "peaks.obs.parquet", opened.rounds.peaks, opened.meta, PEAKS)

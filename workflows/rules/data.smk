@@ -9,7 +9,7 @@ rule data:
     params:
         code=code_of("data", DATA),
     shell:
-        "python -m fedpipe data --run {input.run} --data {output.data} 2>&1 | tee {log}"
+        "fedpipe data --run {input.run} --data {output.data} 2>&1 | tee {log}"
 
 
 rule partition:
@@ -25,5 +25,5 @@ rule partition:
     params:
         code=code_of("partition", PARTITIONS),
     shell:
-        "python -m fedpipe partition --run {input.run} --data {input.data}"
+        "fedpipe partition --run {input.run} --data {input.data}"
         " --partition {output.partition} --clients {output.clients} 2>&1 | tee {log}"

@@ -1,6 +1,7 @@
 rule measure:
     input:
         run=ancient(of(MEASURES, "measure_spec")),
+        chosen=of(MEASURES, "chosen"),
         data=of(MEASURES, "data"),
     output:
         prediction=f"{OUT}/measure/{{measure}}/prediction.parquet",
@@ -10,13 +11,13 @@ rule measure:
     params:
         code=code_of("measure", MEASURES),
     shell:
-        "python -m fedpipe measure --run {input.run} --data {input.data}"
-        " --prediction {output.prediction} 2>&1 | tee {log}"
+        "fedpipe measure --run {input.run} --data {input.data}" " --prediction {output.prediction} 2>&1 | tee {log}"
 
 
 rule assign:
     input:
         run=ancient(of(RUNS, "spec")),
+        chosen=of(RUNS, "chosen"),
         data=of(RUNS, "data"),
         clients=of(RUNS, "clients"),
         prediction=of(RUNS, "prediction"),
@@ -32,7 +33,7 @@ rule assign:
     params:
         code=code_of("assign", RUNS),
     shell:
-        "python -m fedpipe assign --run {input.run} --data {input.data}"
+        "fedpipe assign --run {input.run} --data {input.data}"
         " --clients {input.clients} --prediction {input.prediction}"
         " --plans {output.plans} --assignment {output.assignment} --route {output.route}"
         " --state {output.state} --own {output.own} 2>&1 | tee {log}"

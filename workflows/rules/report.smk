@@ -11,7 +11,7 @@ rule table:
         code=step_digest("table"),
         runs=[p.folder for p in RUNS.values()],
     shell:
-        "python -m fedpipe table --study {input.study} --runs {params.runs}" " --table {output.table} 2>&1 | tee {log}"
+        "fedpipe table --study {input.study} --runs {params.runs}" " --table {output.table} 2>&1 | tee {log}"
 
 
 rule report:
@@ -28,5 +28,5 @@ rule report:
         code=step_digest("report"),
         runs=[p.folder for p in RUNS.values()],
     shell:
-        "python -m fedpipe report --study {input.study} --table {input.table}"
+        "fedpipe report --study {input.study} --table {input.table}"
         " --runs {params.runs} --report {output.report} 2>&1 | tee {log}"
