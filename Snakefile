@@ -14,6 +14,7 @@ config.setdefault("study", "workflows/studies/quickstart.yaml")
 # How the work is cut into jobs and what is kept on disk: neither changes a bit of a result
 config.setdefault("segment", 20)  # rounds in one job
 config.setdefault("jobs_per_round", 0)  # J: so many train jobs a round, and aggregate as its own; 0: segments
+config.setdefault("worker", False)  # jobs by one warm process of this machine, for many small ones
 config.setdefault("keep", "last")  # states: last (two segment ends) | segments (and evaluations) | all
 
 
@@ -37,7 +38,19 @@ if workflow.is_main_process:
     logger.info(way())
 
 
+onstart:
+    if WORKER:
+        shell("python -m fedpipe.worker start {OUT}")
+
+
+onerror:
+    if WORKER:
+        shell("python -m fedpipe.worker stop {OUT}")
+
+
 onsuccess:
+    if WORKER:
+        shell("python -m fedpipe.worker stop {OUT}")
     if STUDY.table.is_file():
         shell("fedpipe show {OUT}")
 

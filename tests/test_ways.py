@@ -39,7 +39,9 @@ def digest(short: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("jobs", "config"), [("-j1", {"segment": 1}), ("-j2", {"jobs_per_round": 3})])
+@pytest.mark.parametrize(
+    ("jobs", "config"), [("-j1", {"segment": 1, "worker": True}), ("-j2", {"jobs_per_round": 3, "worker": True})]
+)
 def test_jobs_change_no_bit(jobs: str, config: dict[str, int], short: Path, digest: str) -> None:
     """Per-round jobs, and J train jobs a round with fewer groups than J in some round and more in another."""
     route = io.read_table(run_of(short.parent / "here", short, "scaffold").route).to_pylist()
@@ -47,7 +49,7 @@ def test_jobs_change_no_bit(jobs: str, config: dict[str, int], short: Path, dige
     assert min(groups) < 3 and max(sum(r["round"] == t and r["kind"] == "train" for r in route) for t in range(3)) >= 3
     out = short.parent / f"jobs{jobs}"
     said = snakemake(short, out, jobs, **config)
-    wanted = {"train": 27, "aggregate": 3, "aggregate_kept": 6} if "jobs_per_round" in config else {"segment_kept": 6}
+    wanted = {"train": 27, "aggregate": 6, "aggregate_kept": 3} if "jobs_per_round" in config else {"segment_kept": 6}
     for rule, count in wanted.items():
         assert re.search(rf"^{rule} +{count}$", said, re.MULTILINE), said[:3000]
     assert fingerprint(out) == digest

@@ -16,7 +16,6 @@ from fedpipe.paths import KEEP, StudyPaths, data_id, lasting, measure_id, partit
 
 # Jobs find the Python that runs Snakemake, also when its environment is not activated; strict mode is kept.
 PYTHON = f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; '
-shell.prefix(f'{PYTHON}fedpipe() {{{{ python -m fedpipe "$@"; }}}}; ')
 
 
 def overrides(key, value):
@@ -33,7 +32,7 @@ def configured():
             raise FedpipeError(f"--config {key}: wanted a whole number, at least {least}, got {config[key]!r}")
     if config["keep"] not in KEEP:
         raise FedpipeError(f"--config keep: wanted {' or '.join(KEEP)}, got {config['keep']!r}")
-    where = ("study", "segment", "jobs_per_round", "keep", "out")
+    where = ("study", "segment", "jobs_per_round", "keep", "worker", "out")
     items = [i for k, v in config.items() if k not in where for i in overrides(k, v)]
     study = load_study(Path(config["study"]), items)
     return StudyPaths(Path(config.get("out", f"results/{study.name}")), study)
@@ -134,6 +133,9 @@ validate(
 )
 OUT = STUDY.root.as_posix()
 JOBS = int(config["jobs_per_round"])
+WORKER = str(config["worker"]).lower() == "true"
+COMMAND = f"python -m fedpipe.worker run {OUT} --" if WORKER else "python -m fedpipe"
+shell.prefix(f'{PYTHON}fedpipe() {{{{ {COMMAND} "$@"; }}}}; ')
 ENDS = {last for _, last in segments(STUDY.study.rounds, int(config["segment"]))}
 SEGMENTS = segments(STUDY.study.rounds, 1 if JOBS else int(config["segment"]))
 STARTS = {last: first for first, last in SEGMENTS}
