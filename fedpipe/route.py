@@ -55,6 +55,18 @@ def thinned(rows: Iterable[Train | Mix], run: Run) -> Iterator[Train | Mix]:
             yield r
 
 
+def _witnesses(
+    rows: list[Train | Mix], plan_of: Callable[[int, int], str | None], full_batch: Callable[[int], bool]
+) -> set[Train]:
+    """The row of each plan whose client is measured: the first with a full batch, else the first at all."""
+    found: dict[str, Train] = {}
+    trains = (r for r in rows if isinstance(r, Train))
+    for r in sorted(trains, key=lambda r: (not full_batch(r.client), r.round)):
+        if pid := plan_of(r.client, r.round):
+            found.setdefault(pid, r)
+    return set(found.values())
+
+
 def schedule(
     rows: Iterable[Train | Mix],
     plan_of: Callable[[int, int], str | None],
@@ -66,15 +78,11 @@ def schedule(
     """Rows of `route.parquet`.
 
     plan_of(client, round) names a plan or None (the client sits out); stack_key(client, plan) says who may be trained
-    together, at most stack_size; full_batch(client) whether its batches have the study's size. The first row of a plan
-    with a full batch (the first row at all, if there is none) is its witness and a group of its own.
+    together, at most stack_size; full_batch(client) whether its batches have the study's size. The witness of a
+    plan is a group of its own.
     """
     order = list(rows)
-    trains = [r for r in order if isinstance(r, Train) and plan_of(r.client, r.round)]
-    witness: dict[str, Train] = {}
-    for w in sorted(trains, key=lambda r: (not full_batch(r.client), r.round)):
-        witness.setdefault(str(plan_of(w.client, w.round)), w)
-    chosen = {id(r) for r in witness.values()}
+    witnesses = _witnesses(order, plan_of, full_batch)
     out: list[dict[str, Any]] = []
     last_own: dict[int, int] = {}
     made: dict[str, str] = {}  # id of a Train row -> the state its last update went into
@@ -87,27 +95,24 @@ def schedule(
         if isinstance(r, Mix):
             came = [u for u in r.updates if plan_of(int(u.split(":")[0]), r.round)]
             made |= {u: r.out for u in came}
-            out.append(
-                {"kind": "mix", "round": r.round, "part": "", "out": r.out, "base": r.base, "updates": came}
-                | {"owner": r.owner}
-            )
+            mixed = {"kind": "mix", "round": r.round, "part": "", "out": r.out, "base": r.base}
+            out.append({**mixed, "updates": came, "owner": r.owner})
             continue
         pid = plan_of(r.client, r.round)
         if pid is None:
             continue
-        alone = id(r) in chosen or stack_size == 1
+        alone = r in witnesses or stack_size == 1
         slot = (r.client, r.part) if alone else (pid, stack_key(r.client, pid))
         group, members = groups.get(slot, (-1, stack_size))
         if members >= stack_size:
             group, members, count = count, 0, count + 1
         groups[slot] = (group, members + 1)
-        plan = plans[pid]
-        if plan.keep:
+        if plans[pid].keep:
             kept.append((r.client, r.round))
         out.append(
             {"kind": "train", "round": r.round, "client": r.client, "part": r.part, "start": r.start, "plan": pid}
-            | {"own": last_own.get(r.client), "reply": made.get(r.id) if plan.reply else None}
-            | {"group": group, "witness": id(r) in chosen}
+            | {"own": last_own.get(r.client), "reply": made.get(r.id) if plans[pid].reply else None}
+            | {"group": group, "witness": r in witnesses}
         )
     return out
 
