@@ -86,7 +86,9 @@ def _mend_world(run: RunPaths, t: int) -> list[Path]:
         missing = [n for n in names[kind] if not (folder / n).is_file()]
         for n in missing:
             print(f"fedpipe: {folder / n}: missing; making it again", file=sys.stderr)
-        if missing or not folder.is_dir() or not all([_whole(f) for f in sorted(folder.glob("*.safetensors"))]):
+        files = sorted(folder.glob("*.safetensors"))
+        empty = kind == "state" and not files  # there is no round without a state
+        if missing or empty or not folder.is_dir() or not all([_whole(f) for f in files]):
             bad.append(folder)
     if bad:
         for folder in folders.values():

@@ -128,7 +128,6 @@ class Update:
     index: tuple[Window, ...] = ()
 
 
-Loss = "Tensor | tuple[Tensor, Tensors]"
 Batch = dict[str, "Tensor"]  # x, y, and w: weights that sum to 1, 0 on padding
 
 

@@ -114,18 +114,24 @@ def test_a_second_run_does_nothing(study: Path, out: Path, capsys: pytest.Captur
     assert {f: f.stat().st_mtime_ns for f in out.rglob("[!.]*") if f.is_file()} == before
 
 
-@pytest.mark.parametrize("kind", ["prediction", "plans", "state", "rounds", "metrics", "table"])
+@pytest.mark.parametrize("kind", ["prediction", "plans", "start", "state", "rounds", "metrics", "table"])
 def test_damage_is_named_and_mended(kind: str, study: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = fingerprint(out)
     p = run_of(out, study, "scaffold")
     file = {
         "prediction": p.prediction,
         "plans": p.plans,
+        "start": p.state(0) / "server@0.safetensors",
         "state": p.state(20) / "server@20.safetensors",
         "rounds": p.rounds(20),
         "metrics": p.metrics,
         "table": out / "table.parquet",
     }[kind]
+    if kind == "start":
+        file.unlink()  # its folder stays, and no manifest names what was in it
+        assert main(["run", str(study), "--out", str(out), "--segment", "20"]) == 0
+        assert fingerprint(out) == before and file.is_file()
+        return
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
