@@ -6,8 +6,9 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 PYTEST = pytest -n 2 -p no:benchmark
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS = 1
+CONFIG = $(if $(XDG_CONFIG_HOME),$(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake
 
-.PHONY: help install quickstart test test-slow gpu lint format clean
+.PHONY: help install quickstart test test-slow gpu lint format profiles clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,14 @@ format: install ## rewrite in the project's style; export the study files' schem
 	ruff format .
 	snakefmt Snakefile workflows/rules
 	fedpipe schema > workflows/schemas/study.schema.json
+
+# Snakemake looks names up in the working directory and the user's configuration only.
+profiles: ## let `snakemake --profile slurm` find profiles/slurm by its name (links in ~/.config/snakemake)
+	@mkdir -p "$(CONFIG)"
+	@for name in local slurm; do \
+	    if [ -e "$(CONFIG)/$$name" ] && [ ! "$(CONFIG)/$$name" -ef "profiles/$$name" ]; then \
+	        echo "$(CONFIG)/$$name: another profile of this name is there; remove it, or use --profile profiles/$$name"; exit 1; fi; \
+	    ln -sfn "$(CURDIR)/profiles/$$name" "$(CONFIG)/$$name"; done
 
 clean: ## remove caches and build outputs; results/ and .venv stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -13,9 +13,9 @@ min_version("9.20")
 config.setdefault("study", "workflows/studies/quickstart.yaml")
 # How the work is cut into jobs and what is kept on disk: neither changes a bit of a result
 config.setdefault("segment", 20)  # rounds in one job
-config.setdefault("jobs_per_round", 0)  # J: so many train jobs a round, and aggregate as its own; 0: segments
+config.setdefault("jobs_per_round", "none")  # J: so many train jobs a round, and aggregate as its own; none: segments
 config.setdefault("worker", False)  # jobs by one warm process of this machine, for many small ones
-config.setdefault("keep", "last")  # states: last (two segment ends) | segments (and evaluations) | all
+config.setdefault("keep", "last")  # states: the last | segments (and evaluations) | all
 
 
 # Configuration, checked; where everything lies; digests of code
@@ -24,8 +24,8 @@ include: "workflows/rules/common.smk"
 include: "workflows/rules/data.smk"
 # Predicted bytes, who holds, trains and sends what
 include: "workflows/rules/plan.smk"
-# Rounds: many in one job, or train and aggregate as jobs of their own (jobs_per_round)
-include: f"workflows/rules/{'jobs' if JOBS else 'segments'}.smk"
+# Rounds: many in one job, train and aggregate as jobs of their own, or whole runs as single jobs that a cache can share
+include: f"workflows/rules/{ROUNDS}.smk"
 # Accuracy per client
 include: "workflows/rules/evaluate.smk"
 # Values of grids, chosen on validation rows
@@ -40,17 +40,18 @@ if workflow.is_main_process:
 
 onstart:
     if WORKER:
-        shell("python -m fedpipe.worker start {OUT}")
+        start = "import sys; from fedpipe.worker import start; start(sys.argv[1])"
+        shell(f"python -c '{start}' {OUT} </dev/null >{OUT}/.worker.log 2>&1 &")
 
 
 onerror:
     if WORKER:
-        shell("python -m fedpipe.worker stop {OUT}")
+        worker.ask(OUT, None)  # has it end
 
 
 onsuccess:
     if WORKER:
-        shell("python -m fedpipe.worker stop {OUT}")
+        worker.ask(OUT, None)  # has it end
     if STUDY.table.is_file():
         shell("fedpipe show {OUT}")
 

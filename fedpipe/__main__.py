@@ -4,13 +4,12 @@ import argparse
 import importlib
 import inspect
 import sys
-import sysconfig
-import traceback
 import types
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from fedpipe.errors import FedpipeError
+from fedpipe.failures import where
 from fedpipe.paths import KEEP
 from fedpipe.steps import STEPS
 
@@ -42,14 +41,19 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     study.add_argument("--out", type=Path, default=None, help="results folder; default results/<name>")
     study.add_argument("--segment", type=int, default=20, help="rounds between files (changes no bit)")
-    study.add_argument("--keep", choices=KEEP, default=KEEP[0], help="states that stay on disk: those of the last two "
-                       "segments, of every segment, or all")  # fmt: skip
+    study.add_argument("--keep", choices=KEEP, default=KEEP[0], help="states that stay on disk: the last one, "
+                       "those of every segment, or all")  # fmt: skip
     digest = commands.add_parser("digest", help="one digest over all results of a study's folder")
     digest.add_argument("out", type=Path)
+    use = commands.add_parser("du", help="bytes of a study's folder, by run and kind of file")
+    use.add_argument("out", type=Path)
+    gc = commands.add_parser("gc", help="list what nothing in a study's folder needs any more; --yes removes it")
+    gc.add_argument("out", type=Path)
+    gc.add_argument("--yes", action="store_true")
     commands.add_parser("schema", help="print the JSON schema of study files")
     show = commands.add_parser("show", help="print the final table")
     show.add_argument("out", type=Path)
-    for name in STEPS:
+    for name in [n for n in argv[:1] if n in STEPS] or STEPS:
         # only the chosen step is imported: torch costs seconds that `fedpipe table` need not pay
         step = commands.add_parser(name, help=f"step {name}: a function of files")
         if name in argv:
@@ -69,6 +73,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         from fedpipe.fingerprint import fingerprint
 
         print(fingerprint(args.out))
+    elif args.command in ("du", "gc"):
+        from fedpipe import disk
+
+        disk.show(**options) if args.command == "du" else disk.collect(**options)
     elif args.command == "schema":
         from fedpipe.schema import schema_text
 
@@ -77,14 +85,6 @@ def _dispatch(args: argparse.Namespace) -> None:
         from fedpipe.report.terminal import print_table
 
         print_table(args.out / "table.parquet")
-
-
-def _where(error: BaseException) -> str:
-    """The innermost line that is no library's: what a user can look at."""
-    frames = traceback.extract_tb(error.__traceback__)
-    libraries = tuple(sysconfig.get_paths()[k] for k in ("stdlib", "purelib", "platlib"))
-    last = ([f for f in frames if Path(f.filename).is_file() and not f.filename.startswith(libraries)] or frames)[-1]
-    return f"{last.filename}, line {last.lineno}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         text = " ".join(str(e).split())
-        print(f"fedpipe: error: {_where(e)}: {type(e).__name__}: {text} (--debug shows all)", file=sys.stderr)
+        print(f"fedpipe: error: {where(e)}: {type(e).__name__}: {text} (--debug shows all)", file=sys.stderr)
         return 1
     return 0
 

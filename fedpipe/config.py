@@ -186,7 +186,9 @@ class _Shared(_Typed):
     platform: Literal["same", "any"] = Field(
         "same", description="same: stop when a job lands on another platform than state 0's; any: mark it"
     )
-    on_client_failure: Literal["stop", "drop"] = "stop"
+    on_client_failure: Literal["stop", "drop"] = Field(
+        "stop", description="a client that crashes, is over its budget or not finite; drop: left out of the mean"
+    )
 
     @model_validator(mode="after")
     def _counts(self) -> "_Shared":

@@ -26,7 +26,7 @@ def code_digest(*starts: str | Path, root: Path = ROOT) -> str:
     """
     beside = [s.parent for s in starts if isinstance(s, Path)]
     found: dict[str, Path] = {}
-    todo = [(s.name, s) if isinstance(s, Path) else (s, _find(s, root, [])) for s in starts]
+    todo = [(s.name, s) if isinstance(s, Path) else (s, find(s, root, [])) for s in starts]
     for name, path in todo:
         if path is None:
             raise FedpipeError(f"{name}: no such module in {root}")
@@ -35,7 +35,7 @@ def code_digest(*starts: str | Path, root: Path = ROOT) -> str:
         if path is None or name in found:
             continue
         found[name] = path
-        todo += [(n, _find(n, root, beside)) for n in _parsed(path)[1]]
+        todo += [(n, find(n, root, beside)) for n in _parsed(path)[1]]
     return digest(*(text for name in sorted(found) for text in (name, _parsed(found[name])[0])))
 
 
@@ -46,14 +46,18 @@ def step_digest(step: str, run: Run | None = None, root: Path = ROOT) -> str:
     """
     starts: list[str | Path] = [f"fedpipe.steps.{step}"]
     if run is not None and step in TRAINS:
-        methods = {p.stem: f"fedpipe.methods.{p.stem}" for p in (root / "fedpipe/methods").glob("[!_]*.py")}
         models = {name: builder.partition(":")[0] for name, builder in REGISTRY.items()}
-        starts += [_start("methods", run.method.name, methods), _start("model", run.model.name, models)]
+        starts += [method_start(run.method.name, root), _start("model", run.model.name, models)]
     return code_digest(*starts, root=root)
 
 
+def method_start(name: str, root: Path = ROOT) -> str | Path:
+    """Where the code of a method lies: a module of the package, or a user's file."""
+    files = (root / "fedpipe/methods").glob("[!_]*.py")
+    return _start("methods", name, {f.stem: f"fedpipe.methods.{f.stem}" for f in files})
+
+
 def _start(key: str, name: str, modules: dict[str, str]) -> str | Path:
-    """Where the code of a method or model lies: a module of the package, or a user's `./file.py:name`."""
     if ".py:" in name:
         return Path(name.rpartition(":")[0])
     if name not in modules:
@@ -61,7 +65,7 @@ def _start(key: str, name: str, modules: dict[str, str]) -> str | Path:
     return modules[name]
 
 
-def _find(module: str, root: Path, beside: list[Path]) -> Path | None:
+def find(module: str, root: Path, beside: list[Path]) -> Path | None:
     """The file of a module of fedpipe, or of one that lies beside a user's file; None for every other module."""
     for folder in [root] if module.split(".")[0] == "fedpipe" else beside:
         stem = folder.joinpath(*module.split("."))
@@ -71,15 +75,20 @@ def _find(module: str, root: Path, beside: list[Path]) -> Path | None:
     return None
 
 
-@cache
-def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
-    """What a file does, as text without docstrings and positions, and the modules it imports while running."""
+def parse(path: Path) -> ast.Module:
+    """A file's syntax. Raises `FedpipeError`, naming the file, where it is missing or no Python."""
     try:
-        tree = ast.parse(path.read_bytes())
+        return ast.parse(path.read_bytes())
     except OSError as e:
         raise FedpipeError(f"{path}: no such file, named in the study as {path}:name") from e
     except (SyntaxError, ValueError) as e:
         raise FedpipeError(f"{path}: not readable as Python ({e})") from e
+
+
+@cache
+def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
+    """What a file does, as text without docstrings and positions, and the modules it imports while running."""
+    tree = parse(path)
     imports = tuple(dict.fromkeys(_imports(tree)))
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(

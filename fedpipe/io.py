@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedpipe.types import Tensors
 
 FORMAT = 1
-_BLANK = "seal:" + "0" * 32
+BLANK = "seal:" + "0" * 32
 _SEAL = re.compile(rb"seal:([0-9a-f]{32})")
 Meta = dict[str, Any]
 
@@ -54,7 +54,7 @@ def _checksum(raw: bytes | memoryview) -> str:
 
 
 def _seal(raw: bytes) -> bytes:
-    at = raw.index(_BLANK.encode())
+    at = raw.index(BLANK.encode())
     value = f"seal:{_checksum(raw)}".encode()
     return raw[:at] + value + raw[at + len(value) :]
 
@@ -63,18 +63,32 @@ def verify(raw: bytes | mmap.mmap, name: str) -> None:
     """Raise `Damaged`, naming the file, unless `raw` is exactly what was written."""
     view = memoryview(raw)
     for m in _SEAL.finditer(raw):
-        if m.group() == _BLANK.encode():  # Arrow repeats its metadata in the footer, where the seal stays blank
+        if m.group() == BLANK.encode():  # Arrow repeats its metadata in the footer, where the seal stays blank
             continue
         checksum = hashlib.blake2b(view[: m.start()], digest_size=16)
-        checksum.update(_BLANK.encode())
+        checksum.update(BLANK.encode())
         checksum.update(view[m.end() :])
         if checksum.hexdigest() == m.group(1).decode():
             return
     raise Damaged(f"{name}: damaged, cut short or not written by fedpipe (no checksum fits); delete it and run again")
 
 
+def whole(path: Path) -> bool:
+    """Whether a sealed file is exactly what was written."""
+    try:
+        verify(path.read_bytes(), str(path))
+    except Damaged:
+        return False
+    return True
+
+
+def checksum(path: Path) -> str:
+    """Of a file that carries no seal of its own, a picture say."""
+    return _checksum(path.read_bytes())
+
+
 def _meta(meta: Mapping[str, Any], content: str) -> str:
-    return canonical({**meta, "format": FORMAT, "content": content, "seal": _BLANK})
+    return canonical({**meta, "format": FORMAT, "content": content, "seal": BLANK})
 
 
 def _checked(meta: Meta, name: str) -> Meta:
@@ -174,7 +188,9 @@ def read_table(path: Path) -> pa.Table:
 def _table(raw: pa.Buffer, path: Path) -> pa.Table:
     source, kind = pa.BufferReader(raw), "Arrow" if path.suffix == ".arrow" else "Parquet"
     try:
-        table = pa.ipc.open_file(source).read_all() if kind == "Arrow" else pq.read_table(source)
+        table = (
+            pa.ipc.open_file(source).read_all() if kind == "Arrow" else pq.ParquetFile(source).read(use_threads=False)
+        )
     except pa.ArrowException as e:
         raise FedpipeError(f"{path}: not readable as {kind}; run its step again") from e
     table_meta(table, str(path))
@@ -225,8 +241,8 @@ def _temporary(path: Path) -> Path:
 
 
 def write_bytes(path: Path, raw: bytes, durable: bool = True) -> None:
-    """Write a file whole or not at all; a whole file of equal bytes is left as it is."""
-    if path.is_file() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
+    """Write a file whole or not at all; a whole file of equal bytes is left as it is, a link is not."""
+    if path.is_file() and not path.is_symlink() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
         return
     temporary = _temporary(path)
     try:
@@ -246,6 +262,11 @@ def write_bytes(path: Path, raw: bytes, durable: bool = True) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
+
+
+def write_sealed(path: Path, text: str) -> None:
+    """Text that holds `BLANK` once: its seal takes that place."""
+    write_bytes(path, _seal(text.encode()))
 
 
 @contextlib.contextmanager
@@ -273,7 +294,27 @@ def _replace_folder(new: Path, path: Path) -> None:
         if old.is_dir():
             os.replace(old, path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove an artefact, a file or a folder of files. Where it, or a file in it, is a link into the cache that
+    workflows share, its whole entry there goes as well (all that one hash names): it would be fetched again."""
+    for link in [path, *(path.iterdir() if path.is_dir() else ())]:
+        real = link.resolve() if link.is_symlink() else Path()
+        for part in (real, *real.parents):
+            if entry := re.match(r"[0-9a-f]{64}(?=[_.])", part.name):
+                for made in list(part.parent.glob(f"{entry[0]}*")):
+                    _remove(made)
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:

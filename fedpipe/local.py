@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpipe.errors import FedpipeError
-from fedpipe.guard import held, mend
+from fedpipe.guard import held
+from fedpipe.mend import mend
 from fedpipe.methodspec import points
 from fedpipe.paths import RunPaths, StudyPaths, lasting, segments
 from fedpipe.studyfile import load_run, load_study
@@ -34,7 +35,8 @@ def run_jobs(p: RunPaths, every: int) -> Iterator[Job]:
     yield Job("data", {"run": p.data_spec}, {"data": p.data})
     yield Job("partition", {"run": p.partition_spec, "data": p.data},
               {"partition": p.partition, "clients": p.clients}, ("data",))  # fmt: skip
-    yield Job("measure", {"run": p.measure_spec, "data": p.data}, {"prediction": p.prediction}, ("data",))
+    yield Job("measure", {"run": p.measure_spec, "data": p.data}, {"prediction": p.prediction, "tried": p.tried},
+              ("data",))  # fmt: skip
     assigned = {"plans": p.plans, "assignment": p.assignment, "route": p.route, "state": p.state(0), "own": p.own(0)}
     yield Job("assign", {"run": p.spec, "data": p.data, "clients": p.clients, "prediction": p.prediction}, assigned,
               ("data", "clients", "prediction"))  # fmt: skip
@@ -43,7 +45,14 @@ def run_jobs(p: RunPaths, every: int) -> Iterator[Job]:
         yield Job(
             "segment",
             {**world, "plans": p.plans, "route": p.route, "state": p.state(first), "own": p.own(first), "last": last},
-            {"next_state": p.state(last), "next_own": p.own(last), "rounds": p.rounds(last), "curve": p.curve(last)},
+            {
+                "next_state": p.state(last),
+                "next_own": p.own(last),
+                "rounds": p.rounds(last),
+                "curve": p.curve(last),
+                "times": p.times(last),
+                "peaks": p.peaks(last),
+            },  # fmt: skip
             ("data", "partition", "plans", "route"),
         )
     end = {"state": p.state(p.run.rounds), "own": p.own(p.run.rounds)}
@@ -55,10 +64,7 @@ def fresh(job: Job) -> bool:
     """Whether all a job writes exists and was made from what its inputs now are."""
     from fedpipe.steps import provenance
 
-    missing = [p for p in job.writes.values() if not p.exists()]
-    if missing:
-        if len(missing) < len(job.writes):
-            print(f"fedpipe: {missing[0]}: missing; making it again", file=sys.stderr)
+    if not all(p.exists() for p in job.writes.values()):
         return False
     try:
         read = [job.reads[k] for k in job.keyed]
@@ -81,14 +87,16 @@ def _key(path: Path) -> str | None:
     return str(read_meta(path).get("key")) if path.is_file() else None
 
 
-def due(jobs: list[Job]) -> list[Job]:
-    """The segments to run: those whose metrics are not there, and those before them whose state is not."""
-    metrics = [fresh(replace(j, writes={k: j.writes[k] for k in ("rounds", "curve")})) for j in jobs]
-    states = [fresh(replace(j, writes={k: j.writes[k] for k in ("next_state", "next_own")})) for j in jobs]
-    wanted = True  # the last state is always wanted
+def due(jobs: list[Job], last: set[int]) -> list[Job]:
+    """The segments to run: those whose metrics are not there, and those whose state is not, though one of them starts
+    from it, or `last` names its round."""
+    world = ("next_state", "next_own")
+    metrics = [fresh(replace(j, writes={k: p for k, p in j.writes.items() if k not in world})) for j in jobs]
+    states = [fresh(replace(j, writes={k: p for k, p in j.writes.items() if k in world})) for j in jobs]
+    wanted = False
     out = []
     for job, has_metrics, has_state in reversed(list(zip(jobs, metrics, states, strict=True))):
-        wanted = not has_metrics or (wanted and not has_state)
+        wanted = not has_metrics or ((wanted or job.reads["last"] in last) and not has_state)
         if wanted:
             out.append(job)
     return out[::-1]
@@ -129,7 +137,7 @@ def _run(p: RunPaths, every: int, last: set[int]) -> Iterator[Job]:
     for job in run_jobs(p, every):
         (rounds if job.step == "segment" else after if rounds else before).append(job)
     for stage in (before, rounds, after):
-        for job in due(stage) if stage is rounds else (j for j in stage if not fresh(j)):
+        for job in due(stage, last) if stage is rounds else (j for j in stage if not fresh(j)):
             _announce(job, p)
             importlib.import_module(f"fedpipe.steps.{job.step}").run(**job.reads, **job.writes)
             first = int(job.reads["state"].name) if stage is rounds else 0

@@ -1,6 +1,9 @@
 """The machine a job runs on: its threads, and the platform on which equal bytes are promised."""
 
 import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +41,20 @@ def describe(run: Run) -> str:
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
     return f"{versions}, {kind} {what}, onednn {isa}, threads {run.threads}, {run.precision}"
+
+
+def outside() -> str:
+    """What decides bits as far as it is known without torch: keeps apart, in a cache, what other machines have made."""
+    kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if k in _flags()]
+    versions = " ".join(f"{p} {version(p)}" for p in ("torch", "numpy"))
+    return f"{versions}, {platform.machine()} {' '.join(kinds)}{', cuda' if Path('/dev/nvidia0').exists() else ''}"
+
+
+def _flags() -> set[str]:
+    try:
+        return set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:  # no Linux
+        return set()
 
 
 def check(run: Run, recorded: str) -> None:

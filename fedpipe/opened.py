@@ -125,13 +125,13 @@ class Opened:
         folders = {"state": state, "own": own}
         self.holds = {kind: sorted(f.name for f in folder.iterdir()) for kind, folder in folders.items()}
 
-    def write_metrics(self, rounds: Path, curve: Path, points: Rows) -> None:
-        # Observations first: with the results there, the step counts as done.
-        io.write_table(rounds.with_suffix(".obs.parquet"), self.seconds, self.meta, TIMES)
-        if self.rounds.peaks:
-            io.write_table(rounds.with_suffix(".peaks.obs.parquet"), self.rounds.peaks, self.meta, PEAKS)
+    def write_metrics(self, rounds: Path, curve: Path, times: Path, peaks: Path, points: Rows, first: int) -> None:
+        """Metrics of the rounds since state `first`. Observations first: with the results there, the step is done."""
+        io.write_table(times, self.seconds, self.meta, TIMES)
+        io.write_table(peaks, self.rounds.peaks, self.meta, PEAKS)
         stopped = {"stopped": self.stopped} if self.run.stop else {}
-        io.write_table(rounds, self.log_rows, {**self.meta, "holds": self.holds, **stopped}, METRICS)
+        manifest = {"first": first, "holds": self.holds}
+        io.write_table(rounds, self.log_rows, {**self.meta, **manifest, **stopped}, METRICS)
         columns = CURVE_VAL if self.run.data.partition.val else CURVE
         io.write_table(curve, points, {**self.meta, **stopped}, columns)
 

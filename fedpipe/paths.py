@@ -1,5 +1,6 @@
 """Where every artefact of a study lies: one place for the workflow, the command line and the in-process loop."""
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,6 +92,11 @@ class RunPaths:
         return self.root / "measure" / measure_id(self.run) / "prediction.parquet"
 
     @property
+    def tried(self) -> Path:
+        """Observations of the measure step."""
+        return self.prediction.with_name("measure.obs.parquet")
+
+    @property
     def plans(self) -> Path:
         return self.folder / "plans.parquet"
 
@@ -115,6 +121,18 @@ class RunPaths:
     def curve(self, t: int) -> Path:
         """Pooled test loss and accuracy at the evaluation rounds up to state t."""
         return self.folder / "curve" / f"{t:06d}.parquet"
+
+    def times(self, t: int) -> Path:
+        """Seconds of the rounds that end in state t (observation)."""
+        return self.rounds(t).with_suffix(".obs.parquet")
+
+    def peaks(self, t: int) -> Path:
+        """Measured peaks of the witnesses of these rounds (observation)."""
+        return self.rounds(t).with_suffix(".peaks.obs.parquet")
+
+    def train(self, round: int, job: int) -> Path:
+        """What one of a round's jobs has trained."""
+        return self.folder / "train" / f"{round:06d}" / str(job)
 
     @property
     def chosen(self) -> list[Path]:
@@ -165,16 +183,21 @@ class StudyPaths:
         return self.root / "report.html"
 
     def write_specs(self) -> None:
-        """Write the study and run specifications the steps read; files of equal content are left."""
-        write_text(self.spec, self.study.model_dump_json(indent=1) + "\n")
+        """Write the study and run specifications the steps read; files of equal content are left, others named."""
+        texts = {self.spec: self.study.model_dump_json(indent=1)}
         for p in self.runs:
             narrowed = {p.data_spec: for_data, p.partition_spec: for_partition, p.measure_spec: for_measure}
-            write_text(p.spec, canonical(p.run.spec) + "\n")
+            texts |= {p.spec: canonical(p.run.spec)}
             if p.run.select:
                 grids = p.run.but(seed=p.run.select.seed, select=None, selection=None)
-                write_text(p.select_spec, canonical(grids.spec) + "\n")
-            for path, narrow in narrowed.items():
-                write_text(path, canonical(narrow(p.run).spec) + "\n")
+                texts |= {p.select_spec: canonical(grids.spec)}
+            texts |= {path: canonical(narrow(p.run).spec) for path, narrow in narrowed.items() if path not in texts}
+        for path, text in texts.items():
+            if path != self.spec and path.is_file() and path.read_bytes() != f"{text}\n".encode():
+                print(
+                    f"fedpipe: {path}: damaged; writing it again", file=sys.stderr
+                )  # its folder is named by its content
+            write_text(path, text + "\n")
 
 
 def segments(rounds: int, every: int) -> list[tuple[int, int]]:
@@ -186,9 +209,9 @@ KEEP = ("last", "segments", "all")
 
 
 def lasting(study: Study, every: int, keep: str) -> set[int]:
-    """Rounds whose state outlives its use: of a segment of `every` rounds the last two ends (`last`), every end and
+    """Rounds whose state outlives its use: the last one (`last`), every end of a segment of `every` rounds and every
     evaluation (`segments`), or all."""
-    ends = [last for _, last in segments(study.rounds, every)]
     if keep == "last":
-        return set(ends[-2:])
+        return {study.rounds}
+    ends = {last for _, last in segments(study.rounds, every)}
     return set(range(1, study.rounds + 1)) if keep == "all" else {*ends, *study.runs()[0].evaluations} - {0}

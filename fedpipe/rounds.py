@@ -1,7 +1,6 @@
 """Rounds in memory: training a share of a round's rows, and mixing what came back. The steps put files around it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from fedpipe import io
 from fedpipe.aggregate import check, cut, mean
 from fedpipe.client import Client, Result
 from fedpipe.errors import FedpipeError
+from fedpipe.failures import attempt, judge, not_finite, said
 from fedpipe.memory.enforce import Witness
 from fedpipe.runtime import Runtime
 from fedpipe.stopping import Watch
@@ -67,20 +67,50 @@ class Rounds:
         return [found[g] for g in sorted(found)]
 
     def train(self, t: int, world: World, groups: Iterable[Rows]) -> list[Sent]:
-        """Train groups of a round. Raises FedpipeError when a client fails and the study does not drop it."""
+        """Train groups of a round.
+
+        A client fails when its training raises, when it is measured and goes over its budget, or when it comes to
+        values that are not finite. That is a FedpipeError, or the client sends nothing where the study drops it.
+        """
         down: dict[tuple[str, str, str | None], tuple[int, int]] = {}
         out = []
         for group in groups:
             plan = self.plans[group[0]["plan"]]
-            clients = [self._client(r, plan, world) for r in group]
-            with self._witness(group) as probe:
-                results = self.rt.loop(probe).train(clients, plan)
-            for row, result in zip(group, results, strict=True):
+            for row, (result, failed) in zip(group, self._trained(group, plan, world), strict=True):
                 key = (row["start"], row["plan"], row["reply"])
                 if key not in down:
                     down[key] = self._down(row, plan, world)
-                out.append(self._sent(row, plan, result, down[key]))
+                out.append(self._sent(row, plan, result, failed, down[key]))
         return out
+
+    def _trained(self, group: Rows, plan: Plan, world: World) -> list[tuple[Result, bool]]:
+        """What each client of a group came to, and whether it failed."""
+        received = [self._received(r, plan, world) for r in group]  # a damaged file is no client's failure
+        on, witness = self.rt.run.on_client_failure, self._witness(group[0])
+        loop = self.rt.loop(witness.phase if witness else None)
+        outcome = attempt(lambda: loop.train([self._client(*p) for p in zip(group, received, strict=True)], plan))
+        self.peaks += witness.rows if witness else []
+        if not isinstance(outcome, Exception):
+            over = witness.over() if witness else None
+            return [(o, judge(r, over or not_finite(o), on)) for r, o in zip(group, outcome, strict=True)]
+        if len(group) > 1:
+            return self._one_by_one(group, plan, world, outcome)
+        untrained = Result({}, {}, {}, [(0, torch.zeros(()), torch.zeros(()))] * len(plan.phases))
+        return [(untrained, judge(group[0], said(outcome), on, outcome))]
+
+    def _one_by_one(self, group: Rows, plan: Plan, world: World, error: Exception) -> list[tuple[Result, bool]]:
+        """The clients of a stack that raised, each trained alone: those that fail alone have failed.
+
+        Such a client fails in every way of running, and its stack with it. So the others, whose bytes are not those
+        they have in a stack, have the same ones everywhere. Where nobody fails alone the stack was too large for this
+        machine, or the method cannot be stacked: an error whatever the study does about failures, as to go on would let
+        the machine decide bits.
+        """
+        alone = [self._trained([r], plan, world)[0] for r in group]
+        if not any(failed for _, failed in alone):
+            who = f"clients {', '.join(str(r['client']) for r in group)}, round {group[0]['round']}"
+            raise FedpipeError(f"{who}: {said(error)}; each of them trains alone, so lower stack") from error
+        return alone
 
     def mix(self, t: int, world: World, sent: Iterable[Sent]) -> World:
         """The world after round t: every Mix row's state, every client's own file."""
@@ -115,13 +145,15 @@ class Rounds:
         check(tensors, start, plan, who)
         return Update(row["client"], meta["weight"], meta["samples"], tensors, plan.index)
 
-    def _client(self, row: dict[str, Any], plan: Plan, world: World) -> Client:
+    def _received(self, row: dict[str, Any], plan: Plan, world: World) -> Tensors:
         at = self.rt.received(plan, world.states[row["start"]])
         if row["reply"]:
             at |= {f"re/{n}": t for n, t in select(world.states[row["reply"]], plan.reply).items()}
-        at |= world.own(row["client"])
+        return at | world.own(row["client"])
+
+    def _client(self, row: dict[str, Any], received: Tensors) -> Client:
         rows = self.training_rows[row["client"]]
-        return self.rt.client(self.rt.ctx(row["round"], row["client"], samples=len(rows)), at, rows)
+        return self.rt.client(self.rt.ctx(row["round"], row["client"], samples=len(rows)), received, rows)
 
     def _down(self, row: dict[str, Any], plan: Plan, world: World) -> tuple[int, int]:
         """(payload, header) bytes of what a client receives, from the very messages."""
@@ -132,10 +164,9 @@ class Rounds:
         header = sum(io.header_bytes(i) for i in images)
         return sum(len(i) for i in images) - header, header
 
-    def _sent(self, row: dict[str, Any], plan: Plan, result: Result, down: tuple[int, int]) -> Sent:
+    def _sent(self, row: dict[str, Any], plan: Plan, result: Result, failed: bool, down: tuple[int, int]) -> Sent:
         samples = len(self.training_rows[row["client"]])
         weight = float(samples) if plan.weight == "samples" else 1.0
-        failed = self._failed(row, result)
         meta = {"client": row["client"], "round": row["round"], "samples": samples, "weight": weight}
         image = None if failed else io.encode(result.sent, meta)
         header = io.header_bytes(image) if image else 0
@@ -146,33 +177,19 @@ class Rounds:
         for i, (steps, first, last) in enumerate(result.phases):
             bytes_ = (*up, *down) if i == 0 else (0, 0, 0, 0)
             names = ("payload_up", "header_up", "payload_down", "header_down")
+            losses = (float(first), float(last)) if steps else (None, None)
             metrics.append(
-                {**shared, "phase": i, "steps": steps, "loss_first": float(first), "loss_last": float(last)}
+                {**shared, "phase": i, "steps": steps, "loss_first": losses[0], "loss_last": losses[1]}
                 | {"samples": samples, "weight": weight, "failed": failed, **dict(zip(names, bytes_, strict=True))}
             )
         return Sent(row, image, {n: t.cpu() for n, t in sorted(result.own.items())}, metrics)
 
-    def _failed(self, row: dict[str, Any], result: Result) -> bool:
-        bad = next((n for n, t in (result.sent | result.own).items() if not bool(torch.isfinite(t).all())), None)
-        if bad and self.rt.run.on_client_failure == "stop":
-            raise FedpipeError(
-                f"client {row['client']}, round {row['round']}: {bad} is not finite after training "
-                f"(last loss {float(result.phases[-1][2]):.3g}); lower local.optimizer.lr, or on_client_failure: drop"
-            )
-        return bad is not None
-
-    @contextmanager
-    def _witness(self, group: Rows) -> Iterator[Any]:
-        """The probe of a group: measures peaks when it is a witness (or everybody is), and enforces the budget."""
-        row = group[0]
+    def _witness(self, row: dict[str, Any]) -> Witness | None:
+        """Of a client that is measured, for its plan or as everybody is: it is a group of its own."""
         if not (row["witness"] or self.rt.run.measure == "all"):
-            yield None
-            return
+            return None
         limits = [self.predicted[row["plan"], i] for i in range(len(self.plans[row["plan"]].phases))]
-        witness = Witness(row, limits, self.budgets.get(row["client"]), self.rt.device)
-        yield witness.phase
-        self.peaks += witness.rows
-        witness.enforce()
+        return Witness(row, limits, self.budgets.get(row["client"]), self.rt.device)
 
 
 def _row_id(row: dict[str, Any]) -> str:

@@ -325,7 +325,7 @@ def trained(undisturbed: tuple[Path, str], tmp_path_factory: pytest.TempPathFact
         jobs = [folder / f"trained/job{j}" for j in (0, 1)]
         world = {"state": folder / "state", "own": folder / "own", "trained": jobs}
         out = folder / "out"
-        results = {"rounds": out / "rounds.parquet", "curve": out / "curve.parquet"}
+        results = {k: out / f"{k}.parquet" for k in ("rounds", "curve", "times", "peaks")}
         return Job("aggregate", {**reads, **world}, {"next_state": out / "state", "next_own": out / "own", **results})
 
     return aggregate

@@ -67,14 +67,20 @@ def test_the_default_profile_takes_nothing_from_another(profile: str) -> None:
     assert "RerunTrigger.MTIME" in both["rerun_triggers"] and "INPUT" not in both["rerun_triggers"]
 
 
-def test_a_profile_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are looked up in the user's configuration: `ln -s $PWD/profiles/slurm ~/.config/snakemake/` makes one."""
-    (tmp_path / "snakemake").mkdir()
-    (tmp_path / "snakemake/slurm").symlink_to(ROOT / "profiles/slurm")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    found, wanted = settings("--profile", "slurm"), settings("--profile", "profiles/slurm")
-    assert "granularity.yaml" in found["configfile"]
-    assert {k for k in wanted if found[k] != wanted[k]} == {"profile", "configfile"}
+def test_a_profile_by_name(tmp_path: Path) -> None:
+    """`make profiles` lets the cluster's be found by its name: executor, granularity and memory are seen."""
+    make = ["make", "-s", "profiles", f"XDG_CONFIG_HOME={tmp_path}"]
+    for _ in range(2):
+        assert subprocess.run(make, cwd=ROOT, capture_output=True).returncode == 0
+    config = (f"out={tmp_path}", "rounds=3", "seeds=[0]")
+    text = snakemake("--profile", "slurm", "-n", "--config", *config, XDG_CONFIG_HOME=str(tmp_path))
+    assert "Using profiles slurm and workflow specific profile profiles/default" in text
+    assert "executor slurm, 4 train jobs and one aggregate a round, keep last" in text
+    assert resources(text)["train"]["mem_mb"] == "8000"
+    (tmp_path / "snakemake/slurm").unlink()
+    (tmp_path / "snakemake/slurm").mkdir()
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "another profile of this name is there" in done.stdout
 
 
 def test_slurm_in_a_dry_run(tmp_path: Path) -> None:
@@ -99,9 +105,9 @@ def test_a_dry_run_names_executor_and_granularity(tmp_path: Path) -> None:
 
 
 def test_granularity_is_chosen_on_the_command_line(tmp_path: Path) -> None:
-    config = (f"out={tmp_path}", "jobs_per_round=0", "segment=5", "seeds=[0]", "methods=[fedavg]")
+    config = (f"out={tmp_path}", "jobs_per_round=none", "segment=5", "seeds=[0]", "methods=[fedavg]")
     text = snakemake("-n", "--profile", "profiles/slurm", "--config", *config)
-    assert (jobs(text)["segment"], jobs(text)["segment_kept"]) == (2, 2) and "train" not in jobs(text)
+    assert (jobs(text)["segment"], jobs(text)["segment_kept"]) == (3, 1) and "train" not in jobs(text)
     assert (resources(text)["segment"]["mem_mb"], resources(text)["segment"]["runtime"]) == ("8000", "240")
 
 

@@ -24,6 +24,7 @@ from fedpipe.stopping import Watch, look
 from fedpipe.studyfile import load_run, load_study
 
 ROOT = Path(__file__).parent.parent
+TABLES = ("rounds.parquet", "curve.parquet", "times.parquet", "peaks.parquet")  # an option each, what a round writes
 BASE: dict[str, Any] = {
     "name": "small",
     "data": {"name": "digits", "rows": 240, "size": 8, "partition": {"kind": "iid", "clients": 6}},
@@ -180,10 +181,10 @@ def test_jobs_of_a_round_hand_a_stopped_state_on(tmp_path: Path) -> None:
     world = ["--run", p.spec, "--data", p.data, "--partition", p.partition, "--plans", p.plans, "--route", p.route]
     state, own, trained = p.state(0), p.own(0), []
     for t in range(4):
-        made = {k: tmp_path / f"{t}-{k}" for k in ("job", "state", "own", "rounds.parquet", "curve.parquet")}
+        made = {k: tmp_path / f"{t}-{k}" for k in ("job", "state", "own", *TABLES)}
         begin = ["--state", state, "--own", own]
         ends = ["--next-state", made["state"], "--next-own", made["own"]]
-        ends += ["--rounds", made["rounds.parquet"], "--curve", made["curve.parquet"]]
+        ends += [x for name in TABLES for x in (f"--{name.partition('.')[0]}", made[name])]
         assert main([str(a) for a in ["train", *world, *begin, "--out", made["job"]]]) == 0
         assert main([str(a) for a in ["aggregate", *world, *begin, "--trained", made["job"], *ends]]) == 0
         trained.append(io.read_table(made["rounds.parquet"]).num_rows)

@@ -52,7 +52,7 @@ def test_quickstart_lists_every_job(tmp_path: Path) -> None:
     once = {"data": 1, "table": 1, "report": 1, "all": 1}
     per_run = {"partition": 3, "measure": 2, "assign": 6, "evaluate": 6}  # seeds, methods, both
     assert jobs(dry_run(tmp_path)) == {**once, **per_run, "segment_kept": 6}
-    assert jobs(dry_run(tmp_path, "segment=5")) == {**once, **per_run, "segment": 12, "segment_kept": 12}
+    assert jobs(dry_run(tmp_path, "segment=5")) == {**once, **per_run, "segment": 18, "segment_kept": 6}
 
 
 def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:

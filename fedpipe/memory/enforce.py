@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpipe.errors import FedpipeError
 from fedpipe.memory.measure import Peak
 
 
@@ -16,7 +15,7 @@ def mib(count: int | None) -> str:
 
 
 class Witness:
-    """Measures each phase of one client's training; `enforce` raises when a measured peak is over the budget."""
+    """Measures each phase of one client's training, as far as it comes; `over` judges the measured peaks."""
 
     def __init__(self, row: dict[str, Any], predicted: list[int], budget: int | None, device: torch.device):
         self.client, self.round, self.plan = row["client"], row["round"], row["plan"]
@@ -32,10 +31,12 @@ class Witness:
             | {"predicted": self.predicted[index], "measured": peak.bytes, "budget": self.budget}
         )
 
-    def enforce(self) -> None:
+    def over(self) -> str | None:
+        """What to say of the first phase whose measured peak is over the budget."""
         for r in self.rows:
             if self.budget is not None and r["measured"] > self.budget:
-                raise FedpipeError(
-                    f"client {self.client}, round {self.round}, phase {r['phase']}: measured peak {mib(r['measured'])} "
-                    f"is over its budget of {mib(self.budget)} (predicted {mib(r['predicted'])}); raise margin"
+                return (
+                    f"measured peak {mib(r['measured'])} of phase {r['phase']} is over its budget of "
+                    f"{mib(self.budget)} (predicted {mib(r['predicted'])}); raise margin"
                 )
+        return None

@@ -28,16 +28,17 @@ def load(spec: MethodSpec) -> Method:
         raise FedpipeError(f"methods: no method {spec.name!r}; there are {', '.join(known())}, or ./file.py:record")
     if not isinstance(method, Method):
         raise FedpipeError(f"methods: {spec.name} is {type(method).__name__}, wanted a fedpipe.types.Method")
-    for key, value in spec.settings.items():
-        _check_setting(spec.name, method.h, key, value)
+    check(spec, method.h)
     name = spec.name if ".py:" not in spec.name else Path(spec.name.partition(":")[0]).stem
     return replace(method, name=name, h={**method.h, **spec.settings})
 
 
-def _check_setting(name: str, defaults: dict[str, Any], key: str, value: Any) -> None:
-    if key not in defaults:
-        raise FedpipeError(f"methods.{name}: no setting {key!r}; there are {', '.join(defaults) or 'none'}")
-    want = type(defaults[key])
-    number = want is float and isinstance(value, int) and not isinstance(value, bool)
-    if defaults[key] is not None and not isinstance(value, want) and not number:
-        raise FedpipeError(f"methods.{name}.{key}: wanted {want.__name__}, got {value!r}")
+def check(spec: MethodSpec, defaults: dict[str, Any]) -> None:
+    """Raise FedpipeError unless every setting is one of the method's, of the type of its default."""
+    for key, value in spec.settings.items():
+        if key not in defaults:
+            raise FedpipeError(f"methods.{spec.name}: no setting {key!r}; there are {', '.join(defaults) or 'none'}")
+        want = type(defaults[key])
+        number = want is float and isinstance(value, int) and not isinstance(value, bool)
+        if defaults[key] is not None and not isinstance(value, want) and not number:
+            raise FedpipeError(f"methods.{spec.name}.{key}: wanted {want.__name__}, got {value!r}")

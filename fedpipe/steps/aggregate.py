@@ -13,7 +13,7 @@ from fedpipe.studyfile import load_run
 
 def run(
     run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, trained: list[Path],
-    *, next_state: Path, next_own: Path, rounds: Path, curve: Path,
+    *, next_state: Path, next_own: Path, rounds: Path, curve: Path, times: Path, peaks: Path,
 ) -> None:  # fmt: skip
     """Write the state after the round of `state`, every own file, the round's metrics and its point of the curve.
 
@@ -33,7 +33,7 @@ def run(
     points += opened.evaluated(t + 1, world)
     opened.pass_observations(trained)
     opened.write_world(next_state, next_own, world, t + 1)
-    opened.write_metrics(rounds, curve, points)
+    opened.write_metrics(rounds, curve, times, peaks, points, t)
 
 
 def _sent(row: dict[str, Any], t: int, metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]]) -> Sent:

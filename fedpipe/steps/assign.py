@@ -69,8 +69,9 @@ def run(
     }
     io.write_table(plans, plan_rows(chosen.plans, rt.predictor.peaks, names, tensors), {**meta, "units": names}, PLANS)
     io.write_table(assignment, _assignment(people, stages, chosen), meta, ASSIGNMENT)
-    io.write_table(route, rows, meta, ROUTE)
-    write_states(state, {"server@0": rt.state0}, 0, meta)
+    first = {"server@0": rt.state0}
+    io.write_table(route, rows, {**meta, "holds": {"state": [f"{n}.safetensors" for n in first], "own": []}}, ROUTE)
+    write_states(state, first, 0, meta)
     write_owns(own, {}, meta)
 
 

@@ -28,7 +28,7 @@ OBS = pa.schema(
 )
 
 
-def run(run: Path, data: Path, *, prediction: Path) -> None:
+def run(run: Path, data: Path, *, prediction: Path, tried: Path) -> None:
     """Write the bytes of every candidate plan the method looks at, and of the widths budgets are named after.
 
     Raises FedpipeError when a candidate, run for real, needs more than its prediction plus the study's margin.
@@ -47,7 +47,7 @@ def run(run: Path, data: Path, *, prediction: Path) -> None:
     ]
     rows += [{"kind": "budget", "width": w, "peak": p} for w, p in widths.items()]
     made = provenance("measure", spec, [data])
-    io.write_table(prediction.with_name("measure.obs.parquet"), observed, made, OBS)
+    io.write_table(tried, observed, made, OBS)
     io.write_table(prediction, rows, made, SCHEMA)
 
 

@@ -12,7 +12,7 @@ from fedpipe.data.draw import Ints
 from fedpipe.data.partitioners import Owner, clients_of, natural_ids, owners
 from fedpipe.data.picture import draw
 from fedpipe.data.share import histogram, test_owners, validation
-from fedpipe.io import map_arrow, table_meta, write_bytes, write_table
+from fedpipe.io import checksum, map_arrow, table_meta, write_bytes, write_table
 from fedpipe.rng import rng
 from fedpipe.steps import provenance
 from fedpipe.studyfile import load_run
@@ -38,8 +38,9 @@ def run(run: Path, data: Path, *, partition: Path, clients: Path) -> None:
     labels = histogram(client[split == TRAIN], y[rows[split == TRAIN]], count, meta["classes"])
     val, test = (np.bincount(client[split == s], minlength=count) for s in (VAL, TEST))
     # Pictures first: with the tables there, the step counts as done.
-    for kind, raw in draw(labels, meta["names"]).items():
-        write_bytes(clients.with_name(f"histogram.{kind}"), raw)
+    pictures = {clients.with_name(f"histogram.{kind}"): raw for kind, raw in draw(labels, meta["names"]).items()}
+    for picture, raw in pictures.items():
+        write_bytes(picture, raw)
     write_table(
         partition,
         pa.table(
@@ -47,7 +48,8 @@ def run(run: Path, data: Path, *, partition: Path, clients: Path) -> None:
         ),
         about,
     )
-    write_table(clients, clients_table(labels, val, test, spec.budgets), about)
+    beside = {picture.name: checksum(picture) for picture in pictures}
+    write_table(clients, clients_table(labels, val, test, spec.budgets), {**about, "beside": beside})
 
 
 def assign_rows(table: pa.Table, y: Ints, classes: int, spec: Run) -> tuple[Ints, Owner, NDArray[np.int8]]:

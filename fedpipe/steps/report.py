@@ -13,7 +13,7 @@ import yaml
 
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
-from fedpipe.io import read_table, write_text
+from fedpipe.io import BLANK, read_table, write_sealed
 from fedpipe.paths import RunPaths
 from fedpipe.report import cells
 from fedpipe.report.figures import plan_file
@@ -195,4 +195,4 @@ def run(study: Path, table: Path, runs: list[Path], *, report: Path) -> None:
     spec = load_study(study)
     results = load_all(spec, runs)
     key = provenance("report", spec, [f for r in results for f in measured(r.folder)])["key"]
-    write_text(report, page(spec.name, key, statement(spec), sections(spec, results, table)))
+    write_sealed(report, page(spec.name, f"{key} {BLANK}", statement(spec), sections(spec, results, table)))

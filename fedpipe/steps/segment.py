@@ -11,13 +11,13 @@ from fedpipe.studyfile import load_run
 
 def run(
     run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, last: int,
-    *, next_state: Path, next_own: Path, rounds: Path, curve: Path,
+    *, next_state: Path, next_own: Path, rounds: Path, curve: Path, times: Path, peaks: Path,
 ) -> None:  # fmt: skip
     """Train and mix from the round of `state` up to state `last`; write it, every own file, metrics and test curve.
 
     Once the study's `stop` is met, at whatever state, nobody trains and nothing is evaluated: states are handed on.
 
-    Raises FedpipeError when the platform is not that of state 0, or a client fails or goes over its budget.
+    Raises FedpipeError when the platform is not that of state 0, or a client fails and the study does not drop it.
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
@@ -32,4 +32,4 @@ def run(
             points += opened.evaluated(t + 1, world)
             progress.advance(t + 1, points[-1]["accuracy"] if points else None)
     opened.write_world(next_state, next_own, world, last)
-    opened.write_metrics(rounds, curve, points)
+    opened.write_metrics(rounds, curve, times, peaks, points, first)

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
-from fedpipe.io import write_table, write_text
+from fedpipe.io import checksum, write_table, write_text
 from fedpipe.report import cells, figures
 from fedpipe.report.results import BYTES, Row, RunResults, client_accuracies, curves, load_all, observed, summary
 from fedpipe.steps import measured, provenance
@@ -137,4 +137,6 @@ def run(study: Path, runs: list[Path], *, table: Path) -> None:
     shown = cells.present(rows)
     write_text(table.with_suffix(".md"), cells.markdown(shown, cells.NOTE))
     write_text(table.with_suffix(".tex"), cells.latex(shown, cells.NOTE))
-    write_table(table, rows, {**made, "first": rows["label"][0].as_py()})
+    texts = [table.with_suffix(".md"), table.with_suffix(".tex"), *sorted((table.parent / "figures").iterdir())]
+    beside = {f.relative_to(table.parent).as_posix(): checksum(f) for f in texts}
+    write_table(table, rows, {**made, "first": rows["label"][0].as_py(), "beside": beside})

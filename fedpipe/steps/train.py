@@ -15,7 +15,7 @@ def run(
 ) -> None:  # fmt: skip
     """Write the folder of what each client sends (`update/`) and keeps (`own/`), and `metrics.arrow`.
 
-    A job without a group writes an empty table. Raises FedpipeError when a client fails or goes over its budget.
+    A job without a group writes an empty table. Raises FedpipeError when a client fails and the study does not drop it.
     """
     if not 0 <= job < jobs:
         raise FedpipeError(f"job: {job} of {jobs} jobs; wanted 0 <= job < jobs")
@@ -32,6 +32,9 @@ def run(
                 io.write_bytes(folder / "update" / name, s.image)
                 if s.own:
                     io.write_tensors(folder / "own" / name, s.own, {"client": s.row["client"], "round": t})
-        io.write_table(folder / "metrics.arrow", opened.log_rows, opened.meta, METRICS)
         io.write_table(folder / "times.obs.parquet", opened.seconds, opened.meta, TIMES)
         io.write_table(folder / "peaks.obs.parquet", opened.rounds.peaks, opened.meta, PEAKS)
+        holds = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+        io.write_table(
+            folder / "metrics.arrow", opened.log_rows, {**opened.meta, "jobs": jobs, "holds": holds}, METRICS
+        )

@@ -5,6 +5,7 @@ rule data:
         data=f"{OUT}/data/{{data}}/data.arrow",
     log:
         f"{OUT}/logs/data/{{data}}.log",
+    cache: SHARED
     threads: 1
     params:
         code=code_of("data", DATA),
@@ -19,8 +20,11 @@ rule partition:
     output:
         partition=f"{OUT}/partition/{{partition}}/partition.parquet",
         clients=f"{OUT}/partition/{{partition}}/clients.parquet",
+        svg=f"{OUT}/partition/{{partition}}/histogram.svg",
+        png=f"{OUT}/partition/{{partition}}/histogram.png",
     log:
         f"{OUT}/logs/partition/{{partition}}.log",
+    cache: SHARED
     threads: 1
     params:
         code=code_of("partition", PARTITIONS),

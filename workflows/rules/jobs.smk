@@ -1,12 +1,6 @@
 rule train:
     input:
-        run=ancient(of(RUNS, "spec")),
-        data=of(RUNS, "data"),
-        partition=of(RUNS, "partition"),
-        plans=of(RUNS, "plans"),
-        route=of(RUNS, "route"),
-        state=world("state"),
-        own=world("own"),
+        unpack(world),
     output:
         trained=JOB_FOLDERS(directory(f"{OUT}/runs/{{run}}/train/{{t}}/{{job}}")),
     log:
@@ -14,42 +8,39 @@ rule train:
     threads: THREADS
     params:
         code=code_of("train", RUNS),
-        jobs=JOBS,
+    # The number of jobs is no param: another one would run again what is done.
     shell:
         "fedpipe train --run {input.run} --data {input.data}"
         " --partition {input.partition} --plans {input.plans} --route {input.route}"
-        " --state {input.state} --own {input.own} --job {wildcards.job} --jobs {params.jobs}"
-        " --out {output.trained} 2>&1 | tee {log}"
+        " --state {input.state} --own {input.own} --out {output.trained}"
+        f" --job {{wildcards.job}} --jobs {JOBS} 2>&1 | tee {{log}}"
 
 
 rule aggregate:
     input:
-        run=ancient(of(RUNS, "spec")),
-        data=of(RUNS, "data"),
-        partition=of(RUNS, "partition"),
-        plans=of(RUNS, "plans"),
-        route=of(RUNS, "route"),
-        state=world("state"),
-        own=world("own"),
+        unpack(world),
         trained=trained_by_jobs,
     output:
         state=temp(directory(f"{OUT}/runs/{{run}}/state/{{t}}")),
         own=temp(directory(f"{OUT}/runs/{{run}}/own/{{t}}")),
         rounds=f"{OUT}/runs/{{run}}/rounds/{{t}}.parquet",
         curve=f"{OUT}/runs/{{run}}/curve/{{t}}.parquet",
+        times=f"{OUT}/runs/{{run}}/rounds/{{t}}.obs.parquet",
+        peaks=f"{OUT}/runs/{{run}}/rounds/{{t}}.peaks.obs.parquet",
     log:
         f"{OUT}/logs/aggregate/{{run}}/{{t}}.log",
     wildcard_constraints:
         t=PASSING,
     threads: THREADS
     params:
-        code=code_of("aggregate", RUNS),
+        code=code_of_rounds,
     shell:
         "fedpipe aggregate --run {input.run} --data {input.data}"
         " --partition {input.partition} --plans {input.plans} --route {input.route}"
         " --state {input.state} --own {input.own} --trained {input.trained}"
         " --next-state {output.state} --next-own {output.own}"
-        " --rounds {output.rounds} --curve {output.curve} 2>&1 | tee {log}"
+        " --rounds {output.rounds} --curve {output.curve}"
+        " --times {output.times} --peaks {output.peaks} 2>&1 | tee {log}"
 
 
 use rule aggregate as aggregate_kept with:
@@ -58,5 +49,7 @@ use rule aggregate as aggregate_kept with:
         own=directory(f"{OUT}/runs/{{run}}/own/{{t}}"),
         rounds=f"{OUT}/runs/{{run}}/rounds/{{t}}.parquet",
         curve=f"{OUT}/runs/{{run}}/curve/{{t}}.parquet",
+        times=f"{OUT}/runs/{{run}}/rounds/{{t}}.obs.parquet",
+        peaks=f"{OUT}/runs/{{run}}/rounds/{{t}}.peaks.obs.parquet",
     wildcard_constraints:
         t=KEPT,

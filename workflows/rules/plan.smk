@@ -5,13 +5,16 @@ rule measure:
         data=of(MEASURES, "data"),
     output:
         prediction=f"{OUT}/measure/{{measure}}/prediction.parquet",
+        tried=f"{OUT}/measure/{{measure}}/measure.obs.parquet",
     log:
         f"{OUT}/logs/measure/{{measure}}.log",
+    cache: SHARED
     threads: THREADS
     params:
         code=code_of("measure", MEASURES),
     shell:
-        "fedpipe measure --run {input.run} --data {input.data}" " --prediction {output.prediction} 2>&1 | tee {log}"
+        "fedpipe measure --run {input.run} --data {input.data}"
+        " --prediction {output.prediction} --tried {output.tried} 2>&1 | tee {log}"
 
 
 rule assign:
