@@ -56,7 +56,8 @@ def test_quickstart_lists_every_job(tmp_path: Path) -> None:
 
 
 def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:
-    dry_run(tmp_path, "rounds=3", "seeds=[7]", "local={optimizer: {lr: 1e-3}}", "budgets={bytes: {9MiB: 40}}")
+    grid = "methods=[fedavg, {fedprox: {mu: {grid: [0, 0.5]}}}]"
+    dry_run(tmp_path, "rounds=3", "seeds=[7]", "local={optimizer: {lr: 1e-3}}", "budgets={bytes: {9MiB: 40}}", grid)
     study = json.loads((tmp_path / "study.json").read_text())
     assert (study["rounds"], study["seeds"], study["budgets"]["bytes"]) == (3, [7], {str(9 * 2**20): 40})
     assert study["local"]["optimizer"] == {"name": "sgd", "lr": 0.001, "momentum": 0.9, "weight_decay": 0.0}
@@ -71,6 +72,9 @@ def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:
         ("study=nowhere.yaml", "nowhere.yaml: no such study file; here are workflows/studies/"),
         ("methods=[fedavgg]", "methods: 'fedavgg' is not known; there are fedavg"),
         ("model=./nowhere.py:net", "nowhere.py: no such file"),
+        ("methods=[{fedprox: {nu: {grid: [0, 1]}}}]", "methods.fedprox: no setting 'nu'; there are mu"),
+        ("methods=[{fedprox: {mu: {grid: [0, a]}}}]", "methods.fedprox.mu: wanted float, got 'a'"),
+        ("stop={metric: f1, target: 0.5}", "stop.metric: Input should be 'accuracy' or 'loss' (got 'f1')"),
     ],
 )
 def test_bad_config_is_one_line(tmp_path: Path, config: str, wanted: str) -> None:

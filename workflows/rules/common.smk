@@ -5,6 +5,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import yaml
 from snakemake.cli import parse_args
 from snakemake.utils import validate
 
@@ -23,11 +24,23 @@ from fedpipe.paths import KEEP, StudyPaths, data_id, lasting, measure_id, partit
 PYTHON = f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; '
 
 
+def scalars(value):
+    """Snakemake leaves every number inside a list or map of `--config` a text."""
+    if isinstance(value, dict):
+        return {k: scalars(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [scalars(v) for v in value]
+    with contextlib.suppress(yaml.YAMLError):
+        read = yaml.safe_load(value) if isinstance(value, str) else value
+        return read if isinstance(read, int | float | None) else value
+    return value
+
+
 def overrides(key, value):
     """`key=value` items for `load_study`: groups of keys are merged, maps such as budgets.bytes and lists replaced."""
     if isinstance(value, dict) and value and all(re.fullmatch(r"[A-Za-z_]\w*", str(k)) for k in value):
         return [item for k, v in value.items() for item in overrides(f"{key}.{k}", v)]
-    return [f"{key}={canonical(value)}"]
+    return [f"{key}={canonical(scalars(value))}"]
 
 
 def configured():
