@@ -1,0 +1,128 @@
+"""Bit masks in Triton: a word and the 32 entries it stands for are loaded as [W] and [W, 32]: no thread gathers.
+
+One program per tile of W words; rows of clients are the second axis of the grid. Where n is a multiple of 16, as the
+buffers of the engine are, loads are 128 bits wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fedpipe.kernels.common import Variant, words
+
+TILE = 64  # words of a program: 2,048 entries
+
+
+@triton.jit
+def tile(W: tl.constexpr, WIDE: tl.constexpr):
+    """This program's words [W], the bits of a word [32], and the entries they stand for [W, 32]."""
+    word = tl.program_id(0) * W + tl.arange(0, W)
+    bit = tl.arange(0, 32)
+    first = word.to(tl.int64) if WIDE else word
+    return word, bit, first[:, None] * 32 + bit[None, :]
+
+
+@triton.jit
+def pack_kernel(mask, out, n, count, W: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    word, bit, at = tile(W, WIDE)
+    m = tl.load(mask + row * n + at, mask=at < n, other=0).to(tl.int32)
+    tl.store(out + row * count + word, tl.sum((m != 0).to(tl.int32) << bit[None, :], axis=1), mask=word < count)
+
+
+@triton.jit
+def unpack_kernel(packed, out, n, count, W: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    word, bit, at = tile(W, WIDE)
+    w = tl.load(packed + row * count + word, mask=word < count, other=0)
+    tl.store(out + row * n + at, ((w[:, None] >> bit[None, :]) & 1).to(tl.int8), mask=at < n)
+
+
+@triton.jit
+def popcount_kernel(packed, out, count, W: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    word = tl.program_id(0) * W + tl.arange(0, W)
+    v = tl.load(packed + row * count + word, mask=word < count, other=0)
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    v = (v & 0x00FF00FF) + ((v >> 8) & 0x00FF00FF)
+    v = (v & 0xFFFF) + ((v >> 16) & 0xFFFF)
+    tl.store(out + row * tl.num_programs(0) + tl.program_id(0), tl.sum(v, axis=0))
+
+
+@triton.jit
+def threshold_kernel(x, threshold, out, n, count, W: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    word, bit, at = tile(W, WIDE)
+    inside = at < n
+    v = tl.load(x + row * n + at, mask=inside, other=0.0)
+    keep = (~(tl.abs(v) < tl.load(threshold + row))) & inside
+    tl.store(x + row * n + at, tl.where(keep, v, 0.0), mask=inside)
+    tl.store(out + row * count + word, tl.sum(keep.to(tl.int32) << bit[None, :], axis=1), mask=word < count)
+
+
+def _rows(t: Tensor) -> int:
+    return t.numel() // t.shape[-1] if t.numel() else 0
+
+
+def pack(mask: Tensor) -> Tensor:
+    n = mask.shape[-1]
+    out = torch.empty((*mask.shape[:-1], words(n)), dtype=torch.int32, device=mask.device)
+    if out.numel():
+        pack_kernel[(triton.cdiv(words(n), TILE), _rows(mask))](
+            mask.view(torch.int8), out, n, words(n), W=TILE, WIDE=n >= 2**31
+        )
+    return out
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    out = torch.empty((*packed.shape[:-1], n), dtype=torch.bool, device=packed.device)
+    if out.numel():
+        grid = (triton.cdiv(words(n), TILE), _rows(packed))
+        unpack_kernel[grid](packed, out.view(torch.int8), n, words(n), W=TILE, WIDE=n >= 2**31)
+    return out
+
+
+def popcount(packed: Tensor) -> Tensor:
+    """Counts of tiles, added up by torch in a fixed order: no atomics."""
+    tile = 1024
+    tiles = triton.cdiv(packed.shape[-1], tile)
+    out = torch.empty((*packed.shape[:-1], tiles), dtype=torch.int32, device=packed.device)
+    if out.numel():
+        popcount_kernel[(tiles, _rows(packed))](packed, out, packed.shape[-1], W=tile)
+    return out.sum(-1, dtype=torch.int64)
+
+
+def threshold_zero_(x: Tensor, threshold: Tensor) -> Tensor:
+    n = x.shape[-1]
+    out = torch.empty((*x.shape[:-1], words(n)), dtype=torch.int32, device=x.device)
+    if out.numel():
+        threshold_kernel[(triton.cdiv(words(n), TILE), _rows(x))](
+            x, threshold, out, n, words(n), W=TILE, WIDE=n >= 2**31
+        )
+    return out
+
+
+VARIANTS = {
+    "pack": Variant(
+        pack_kernel,
+        {"mask": "*i8", "out": "*i32", "n": "i32", "count": "i32"},
+        {"W": TILE, "WIDE": False},
+        aligned=("n",),
+    ),
+    "unpack": Variant(
+        unpack_kernel,
+        {"packed": "*i32", "out": "*i8", "n": "i32", "count": "i32"},
+        {"W": TILE, "WIDE": False},
+        aligned=("n",),
+    ),
+    "popcount": Variant(popcount_kernel, {"packed": "*i32", "out": "*i32", "count": "i32"}, {"W": 1024}),
+    "threshold": Variant(
+        threshold_kernel,
+        {"x": "*fp32", "threshold": "*fp32", "out": "*i32", "n": "i32", "count": "i32"},
+        {"W": TILE, "WIDE": False},
+        aligned=("n",),
+    ),
+}
