@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # Where a build of torch without CUDA is looked for; empty on a machine with an NVIDIA GPU. Other indexes stay in use.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+TRITONS = 3.6.0 3.7.1
 PYTEST = pytest -n 2 -p no:benchmark
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS = 1
@@ -29,11 +30,17 @@ quickstart: install ## FedAvg and FeDepth under four memory budgets, on embedded
 test: install lint ## every check that needs neither a GPU nor patience
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: install ## real data, kills, whole studies; reads FEDPIPE_DATA where it is set
+# The tritons that builds of torch for CUDA pin, for compiling the kernels by them, too.
+$(VENV)/tritons/%:
+	pip install -q --no-deps --target $@ triton==$*
+
+test-slow: install $(if $(filter Linux,$(shell uname)),$(TRITONS:%=$(VENV)/tritons/%)) ## real data, kills, whole studies; reads FEDPIPE_DATA where it is set
 	$(PYTEST) -m "slow and not gpu"
 
-gpu: install ## kernels and training on a CUDA device
+gpu: install ## kernels and training on a CUDA device; writes benchmarks/results/<gpu>-kernels.json
 	pytest -m gpu
+	pytest -q benchmarks/kernels --benchmark-only --benchmark-columns=median,rounds \
+	    --benchmark-json "benchmarks/results/$$(python -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))')-kernels.json"
 
 lint: install ## style, types, workflow
 	ruff check .

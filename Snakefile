@@ -32,6 +32,8 @@ include: "workflows/rules/evaluate.smk"
 include: "workflows/rules/select.smk"
 # Comparison of all runs, one page
 include: "workflows/rules/report.smk"
+# Speed of the kernels on this machine, apart from any study
+include: "workflows/rules/kernels.smk"
 
 
 if workflow.is_main_process:

@@ -5,18 +5,10 @@ from collections.abc import Iterable
 import torch
 
 from fedpipe.errors import FedpipeError
+from fedpipe.kernels import bits
+from fedpipe.kernels.aggregate import Fold, Part, held, region
+from fedpipe.kernels.common import Backend
 from fedpipe.types import PRIVATE, Plan, Tensors, Update, Window, matches
-
-
-def region(shape: torch.Size, windows: Iterable[Window]) -> tuple[torch.Tensor | slice, ...]:
-    """Index of the entries that windows leave of a tensor; a window past the end wraps round."""
-    spans = {w.dim: w for w in windows}
-    if all(w.stop <= shape[d] for d, w in spans.items()):
-        return tuple(slice(spans[d].start, spans[d].stop) if d in spans else slice(None) for d in range(len(shape)))
-    ranges = [
-        torch.arange(spans[d].start, spans[d].stop) % n if d in spans else torch.arange(n) for d, n in enumerate(shape)
-    ]
-    return torch.meshgrid(*ranges, indexing="ij")
 
 
 def cut(tensors: Tensors, index: tuple[Window, ...]) -> Tensors:
@@ -25,43 +17,32 @@ def cut(tensors: Tensors, index: tuple[Window, ...]) -> Tensors:
     return {n: t[region(t.shape, by_name[n])] if n in by_name else t for n, t in tensors.items()}
 
 
-def _by_name(index: tuple[Window, ...]) -> dict[str, list[Window]]:
-    out: dict[str, list[Window]] = {}
+def _by_name(index: tuple[Window, ...]) -> dict[str, list[tuple[int, int, int]]]:
+    """Windows of each tensor as (dimension, start, stop)."""
+    out: dict[str, list[tuple[int, int, int]]] = {}
     for w in index:
-        out.setdefault(w.name, []).append(w)
+        out.setdefault(w.name, []).append((w.dim, w.start, w.stop))
     return out
 
 
-def mean(state: Tensors, updates: Iterable[Update]) -> Tensors:
+def mean(state: Tensors, updates: Iterable[Update], backend: Backend = "auto") -> Tensors:
     """Entry-wise weighted mean over the updates that hold an entry (by name, window and `mask/<name>`).
 
     Entries nobody holds, integer tensors and names of the state nobody sent keep their old value. Sums are kept in
     float64 and updates are folded as they arrive.
     """
-    total: Tensors = {}
-    weight: Tensors = {}
+    folds: dict[str, Fold] = {}
     for u in updates:
         windows = _by_name(u.index)
         for name, t in u.tensors.items():
             if name not in state or name.startswith("mask/") or not t.is_floating_point():
                 continue
-            if name not in total:
-                total[name] = torch.zeros_like(state[name], dtype=torch.float64)
-                weight[name] = torch.zeros((), dtype=torch.float64, device=t.device)
+            if name not in folds:
+                folds[name] = Fold(state[name], backend)
             mask = u.tensors.get(f"mask/{name}")
-            if (name in windows or mask is not None) and not weight[name].ndim:
-                weight[name] = weight[name].expand(state[name].shape).clone()
-            at = region(state[name].shape, windows[name]) if name in windows else ...
-            held = u.weight if mask is None else u.weight * mask.double()
-            total[name][at] += held * t.double()
-            weight[name][at] += held
-    out = dict(state)
-    for name, s in total.items():
-        w = weight[name]
-        out[name] = torch.where(w > 0, s / w.clamp_min(torch.finfo(torch.float64).tiny), state[name].double()).to(
-            state[name].dtype
-        )
-    return out
+            words = None if mask is None else bits.pack((mask != 0).flatten())
+            folds[name].add(Part(t.contiguous(), u.weight, words, tuple(windows.get(name, ()))))
+    return {**state, **{name: fold.result() for name, fold in folds.items()}}
 
 
 def check(update: Tensors, state: Tensors, plan: Plan, who: str) -> None:
@@ -69,10 +50,7 @@ def check(update: Tensors, state: Tensors, plan: Plan, who: str) -> None:
     windows = _by_name(plan.index)
 
     def shape(name: str) -> tuple[int, ...]:
-        size = list(state[name].shape)
-        for w in windows.get(name, []):
-            size[w.dim] = w.stop - w.start
-        return tuple(size)
+        return held(state[name].shape, windows.get(name, ()))
 
     missing = [n for n in state if matches(n, plan.up) and n not in update]
     if missing:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedpipe.config import Local
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
+from fedpipe.kernels.common import Backend
 from fedpipe.models.chain import Chain
 from fedpipe.phase import PhaseRun, Slots, pick
 from fedpipe.seeding import seeded
@@ -59,6 +60,7 @@ class Loop:
     local: Local
     chain: Callable[[Plan], Chain]
     probe: Probe = lambda index, held: contextlib.nullcontext()
+    kernel: Backend = "auto"  # of a fused step
 
     def train(self, clients: list[Client], plan: Plan) -> list[Result]:
         """Train clients of one plan, stacked when there is more than one. Raises FedpipeError on a bad plan."""
@@ -74,7 +76,8 @@ class Loop:
             for index, phase in enumerate(plan.phases):
                 held = [*at.values(), *(v for s in carried.values() for v in s.values() if isinstance(v, Tensor))]
                 with self.probe(index, held):
-                    at, carried, losses = PhaseRun(self.method, self.local, clients, phase, index).run(at, carried)
+                    run = PhaseRun(self.method, self.local, clients, phase, index, self.kernel)
+                    at, carried, losses = run.run(at, carried)
                 after = plan.phases[index + 1].live if phase.carry and index + 1 < len(plan.phases) else ()
                 carried = {n: s for n, s in carried.items() if matches(n, after)}
                 for mine, got in zip(phases, losses, strict=True):

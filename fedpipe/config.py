@@ -42,6 +42,8 @@ def _number(value: Any) -> Any:
 NUMBER = BeforeValidator(_number)
 Positive = Annotated[int, Field(ge=1), NUMBER]
 Width = Annotated[float, Field(gt=0, le=1), NUMBER]
+Backend = Literal["auto", "reference"]
+Operation = Literal["step", "topk", "bits", "sparse", "aggregate"]
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]
 
 
@@ -180,6 +182,9 @@ class _Shared(_Typed):
     )
     threads: Positive = Field(1, description="threads of a job; part of the platform, as other counts give other bits")
     measure: Literal["witness", "all"] = Field("witness", description="whose peak memory is measured while training")
+    kernels: Backend | dict[Operation, Backend] = Field(
+        "auto", description="auto: Triton on CUDA, plain torch elsewhere; reference: plain torch; or {topk: reference}"
+    )
     margin: Annotated[float, Field(ge=0), NUMBER] = Field(
         0.05, description="share of a budget kept free above the predicted peak"
     )
@@ -274,6 +279,10 @@ class Run(_Shared):
     @property
     def spec(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+    def kernel(self, operation: Operation) -> Backend:
+        """Which code an operation of `fedpipe.kernels` runs by."""
+        return self.kernels if isinstance(self.kernels, str) else self.kernels.get(operation, "auto")
 
     @property
     def label(self) -> str:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedpipe.config import Local
 from fedpipe.rng import rng
-from fedpipe.types import Phase, Plan, Row, Tensors, Window
+from fedpipe.types import Batch, Phase, Plan, Row, Tensors, Update, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedpipe.kernels.common import Backend
     from fedpipe.models.chain import Chain
 
 
@@ -30,6 +31,13 @@ class Ctx:
     steps: int = 0  # of this client: in the phase inside steps, in the round at `end`
     samples: int = 0
     chain: "Chain | None" = field(default=None, repr=False)
+    aggregation: "Backend" = "auto"  # what `mean` runs by
+
+    def mean(self, state: Tensors, updates: "Iterable[Update]") -> Tensors:
+        """The entry-wise weighted mean over the updates that hold an entry: `fedpipe.aggregate.mean`."""
+        from fedpipe.aggregate import mean
+
+        return mean(state, updates, self.aggregation)
 
     def forward(self, at: Tensors, x: "Tensor", prefix: str = "model/") -> "tuple[Tensor, Tensors]":
         """Logits of the model named by `prefix` on x [n, ...], and the buffers it changed (running statistics)."""
@@ -58,6 +66,40 @@ class Ctx:
 
     def rng(self, purpose: str) -> Any:
         return rng(self.seed, self.round, self.client, purpose)
+
+
+class Grad:
+    """The gradient oracle given to `direction`: `grad()` at the current point, `grad(at | {...})` and
+    `grad(at, batch)` elsewhere, `grad.value(at, batch)` for the loss alone."""
+
+    def __init__(
+        self,
+        loss: "Callable[[Tensors, Batch], Tensor]",
+        live: tuple[str, ...],
+        here: Tensors | None,
+        at: Tensors,
+        batch: Batch,
+    ):
+        self._loss, self._live, self._here, self._at, self._batch = loss, live, here, at, batch
+        self.asked = False
+
+    def __call__(self, at: Tensors | None = None, batch: Batch | None = None) -> Tensors:
+        if at is None and batch is None:
+            assert self._here is not None, "grad() was not asked for in the first step"
+            self.asked = True
+            return self._here
+        import torch
+
+        point, data = self._at if at is None else at, self._batch if batch is None else batch
+
+        def value(live: Tensors) -> "Tensor":
+            return self._loss({**point, **live}, data)
+
+        out: Tensors = torch.func.grad(value)({n: point[n] for n in self._live})
+        return out
+
+    def value(self, at: Tensors, batch: Batch | None = None) -> "Tensor":
+        return self._loss(at, self._batch if batch is None else batch)
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,14 @@ def _checked(meta: Meta, name: str) -> Meta:
 # ---------------------------------------------------------------------------------------------- tensors
 def content_of(tensors: "Tensors") -> str:
     """Content digest of named tensors: names, dtypes, shapes, bytes."""
+    import torch
+
     h = hashlib.blake2b(digest_size=8)
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
-        h.update(t.reshape(-1).numpy().tobytes())
+        plain = t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # a type numpy does not have
+        h.update(plain.numpy().tobytes())
     return h.hexdigest()
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fedpipe.config import Local
-from fedpipe.context import Ctx
+from fedpipe.context import Ctx, Grad
 from fedpipe.errors import FedpipeError
+from fedpipe.fused import Fused
+from fedpipe.kernels.common import Backend
 from fedpipe.types import Batch, Method, Phase, Tensors, matches
 
 if TYPE_CHECKING:
@@ -18,62 +20,43 @@ if TYPE_CHECKING:
 Slots = dict[str, dict[str, Any]]  # optimizer state by name
 
 
-class Grad:
-    """The gradient oracle given to `direction`: `grad()` at the current point, `grad(at | {...})` and
-    `grad(at, batch)` elsewhere, `grad.value(at, batch)` for the loss alone."""
-
-    def __init__(
-        self,
-        loss: Callable[[Tensors, Batch], Tensor],
-        live: tuple[str, ...],
-        here: Tensors | None,
-        at: Tensors,
-        batch: Batch,
-    ):
-        self._loss, self._live, self._here, self._at, self._batch = loss, live, here, at, batch
-        self.asked = False
-
-    def __call__(self, at: Tensors | None = None, batch: Batch | None = None) -> Tensors:
-        if at is None and batch is None:
-            assert self._here is not None, "grad() was not asked for in the first step"
-            self.asked = True
-            return self._here
-        point, data = self._at if at is None else at, self._batch if batch is None else batch
-
-        def value(live: Tensors) -> Tensor:
-            return self._loss({**point, **live}, data)
-
-        out: Tensors = torch.func.grad(value)({n: point[n] for n in self._live})
-        return out
-
-    def value(self, at: Tensors, batch: Batch | None = None) -> Tensor:
-        return self._loss(at, self._batch if batch is None else batch)
-
-
 def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
     logits, changed = ctx.forward(at, batch["x"])
     return ctx.task(logits, batch), changed
 
 
 class PhaseRun:
-    """One phase of one client or stack."""
+    """One phase of one client or stack. kernel: what a fused step (`Phase.step`) runs by."""
 
-    def __init__(self, method: Method, local: Local, clients: "list[Client]", phase: Phase, index: int):
+    def __init__(
+        self,
+        method: Method,
+        local: Local,
+        clients: "list[Client]",
+        phase: Phase,
+        index: int,
+        kernel: Backend = "auto",
+    ):
         self.method, self.local, self.clients, self.phase = method, local, clients, phase
         self.stacked = len(clients) > 1
         self.rows = [c.batches(phase, index) for c in clients]
         self.counts = [len(r) for r in self.rows]
         lr = clients[0].ctx.lr * phase.lr
         self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=max(self.counts))
-        self.index = index
+        self.index, self.kernel = index, kernel
+        self.fused: Fused | None = None
         self.ask = True
 
     def run(self, at: Tensors, carried: Slots) -> tuple[Tensors, Slots, list]:
         live = [n for n in at if matches(n, self.phase.live) and self._trainable(n, at[n])]
         if not live:
             raise FedpipeError(f"phase {self.phase.name}: no name fits live = {', '.join(self.phase.live)}")
-        leaves = {n: at[n].detach().requires_grad_() for n in live}
+        flat = bool(self.phase.step)  # a fused step sees flat views
+        leaves = {n: (at[n].contiguous() if flat else at[n]).detach().requires_grad_() for n in live}
         opt = self._optimizer(leaves, carried)
+        if self.phase.step:
+            name, lr = self.method.name, self.ctx.lr
+            self.fused = Fused(name, self.local, self.phase, lr, leaves, at, self.stacked, self.kernel)
         first = last = torch.zeros(())
         for step in range(max(self.counts)):
             at, value = self._step(step, {**at, **leaves}, leaves, opt)
@@ -98,11 +81,20 @@ class PhaseRun:
         d, more = self._direction(at, batch, leaves, grads)
         changed = {**changed, **more}
         undo = self._remember(step, leaves, opt, {n: at[n] for n in changed if n in at})
+        self._move(leaves, d, at, opt)
+        return {**at, **undo(changed)}, value
+
+    def _move(self, leaves: Tensors, d: Tensors, at: Tensors, opt: torch.optim.Optimizer) -> None:
+        if self.fused and self.fused.whole:
+            self.fused(leaves, d, at, opt.state)
+            return
+        d = self.fused.direction(leaves, d, at) if self.fused else d
         for n, leaf in leaves.items():
             leaf.grad = d.get(n)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        return {**at, **undo(changed)}, value
+        if self.fused:
+            self.fused.project(leaves)
 
     def _optimizer(self, leaves: Tensors, carried: Slots) -> torch.optim.Optimizer:
         spec = self.local.optimizer

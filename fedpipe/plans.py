@@ -8,16 +8,17 @@ from typing import Any
 import pyarrow as pa
 
 from fedpipe.io import canonical
-from fedpipe.types import Phase, Plan, Window, matches
+from fedpipe.types import Phase, Plan, Step, Window, matches
 
 _PATTERNS = ("live", "down", "up", "fixed", "hold", "keep", "reply")
+_STEP = pa.struct([(p, pa.string()) for p in ("mask", "variate", "anchor")] + [("mu", pa.float64())])
 _INDEX = pa.list_(pa.struct([("name", pa.string()), ("dim", pa.int32()), ("start", pa.int32()), ("stop", pa.int32())]))
 SCHEMA = pa.schema(
     [("plan", pa.string()), ("phase", pa.int32()), ("name", pa.string())]
     + [(p, pa.list_(pa.string())) for p in _PATTERNS]
     + [("epochs", pa.int32()), ("steps", pa.int32()), ("data", pa.string()), ("upto", pa.string())]
     + [("lr", pa.float64()), ("carry", pa.bool_()), ("index", _INDEX), ("model", pa.string()), ("weight", pa.string())]
-    + [("trains", pa.list_(pa.string())), ("predicted", pa.int64())]
+    + [("step", _STEP), ("trains", pa.list_(pa.string())), ("predicted", pa.int64())]
 )
 
 
@@ -58,7 +59,11 @@ def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], 
     phase_words = [f.name for f in dataclasses.fields(Phase)]
     for pid, rows in by_plan.items():
         rows.sort(key=lambda r: r["phase"])
-        words: list[dict[str, Any]] = [{w: r[w] for w in phase_words} | {"live": tuple(r["live"])} for r in rows]
+        words: list[dict[str, Any]] = [
+            {w: r[w] for w in phase_words}
+            | {"live": tuple(r["live"]), "step": Step(**r["step"]) if r["step"] else None}
+            for r in rows
+        ]
         phases = tuple(Phase(**w) for w in words)
         r = rows[0]
         plans[pid] = Plan(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedpipe import io
-from fedpipe.aggregate import check, cut, mean
+from fedpipe.aggregate import check, cut
 from fedpipe.client import Client, Result
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import attempt, judge, not_finite, said
@@ -130,10 +130,12 @@ class Rounds:
             raise FedpipeError(f"round {row['round']}: every client failed")
         if not arrived:
             return base
+        # On the device that trains, whose kernels fold; states themselves live on the CPU.
         updates = (self._update(s, states[s.row["start"]]) for s in arrived)
-        if self.rt.method.aggregate is None:
-            return mean(base, updates)
-        return self.rt.method.aggregate(base, updates, self.rt.ctx(row["round"], role="server"))
+        moved = (replace(u, tensors=self.rt.moved(u.tensors)) for u in updates)
+        ctx = self.rt.ctx(row["round"], role="server")
+        aggregate = self.rt.method.aggregate or (lambda state, updates, ctx: ctx.mean(state, updates))
+        return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), moved, ctx).items()}
 
     def _update(self, sent: Sent, start: Tensors) -> Update:
         row, plan = sent.row, self.plans[sent.row["plan"]]

@@ -69,6 +69,7 @@ class Runtime:
             role=role,
             lr=self.lr(round),
             samples=samples,
+            aggregation=self.run.kernel("aggregate"),
         )
 
     def lr(self, round: int) -> float:
@@ -124,7 +125,8 @@ class Runtime:
         return {n: t.to(self.device) for n, t in tensors.items()}
 
     def loop(self, probe: Probe | None = None) -> Loop:
-        return Loop(self.method, self.run.local, self.chain, probe or (lambda index, held: nullcontext()))
+        unprobed: Probe = lambda index, held: nullcontext()  # noqa: E731
+        return Loop(self.method, self.run.local, self.chain, probe or unprobed, self.run.kernel("step"))
 
     def client(self, ctx: Ctx, at: Tensors, rows: Tensor) -> Client:
         """A client of the loop whose training rows are `rows` [n] of the data."""

@@ -52,6 +52,24 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A local step as data: x <- m (x - lr (g - h + mu (x - anchor))), g what `direction` gives, or the gradient.
+
+    Of a live name `model/fc.weight` the pattern `own/h/*` means `own/h/fc.weight`, or `own/h/model/fc.weight` where
+    that is there. Variate h and anchor are needed for every live name; a live name without a mask (bool, of its shape)
+    is whole. Names received are held only if `Plan.hold` says so. Momentum and weight decay follow: SGD's.
+    """
+
+    mask: str | None = None
+    variate: str | None = None
+    anchor: str | None = None
+    mu: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mu", float(self.mu))  # equal plans, equal text
+
+
+@dataclass(frozen=True)
 class Phase:
     """One stretch of local training: which names are live, for how long, how far the forward runs, on which data."""
 
@@ -63,6 +81,7 @@ class Phase:
     upto: str | None = None  # the last unit that runs; None: all
     lr: float = 1.0  # factor on the round's learning rate
     carry: bool = False  # optimizer state of names that stay live goes on into the client's next phase
+    step: Step | None = None  # None: the optimizer's
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,15 @@ from fedpipe.config import Study
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU the tests of kernels run on it, and so only with the others that need one."""
+    import torch
+
+    for item in items:
+        if item.path.parent.name == "kernels" and item.path.name != "test_aot.py" and torch.cuda.is_available():
+            item.add_marker(pytest.mark.gpu)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("real_data") and not os.environ.get("FEDPIPE_DATA"):
         pytest.skip("FEDPIPE_DATA is not set: no folder of real data sets at hand")

@@ -213,7 +213,7 @@ def scalar_rounds(method: Method, state: Tensors, rounds: int, steps: int, lr: C
 
     method = replace(method, loss=loss)
     assert method.plan is not None
-    plan = method.plan(SimpleNamespace(if_fits=lambda p: p))  # type: ignore[arg-type]
+    plan = method.plan(SimpleNamespace(h=method.h, if_fits=lambda p: p))  # type: ignore[arg-type]
     assert plan is not None
     ctx = Ctx(h=method.h, seed=0, clients=3, classes=1)
     own: dict[int, Tensors] = {i: {} for i in range(3)}

@@ -1,8 +1,16 @@
 """The table of all rows, when they are done."""
 
+from importlib.metadata import version
 from typing import Any
 
+import torch
 from rows import BANDWIDTH, DEVICE
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """The device and the versions that the figures depend on; date and commit are there already."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else machine_info["cpu"].get("brand_raw", "cpu")
+    machine_info["kernels"] = {"device": name, **{p: version(p) for p in ("torch", "triton")}}
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:

@@ -76,5 +76,5 @@ class Predictor:
 def candidate(plan: Plan) -> str:
     """What the bytes of a one-phase plan depend on, as canonical text."""
     (phase,) = plan.phases
-    bare = Phase(live=phase.live, upto=phase.upto)
+    bare = Phase(live=phase.live, upto=phase.upto, step=phase.step)
     return key(replace(plan, phases=(bare,), up=(), weight="", reply=plan.reply))

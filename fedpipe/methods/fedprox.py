@@ -4,16 +4,13 @@ Each client minimises f_k(w) + (mu / 2) ||w - w_t||^2: the local gradient at w g
 (`in/model/*`) is the model received this round. mu = 0 is FedAvg.
 """
 
-from fedpipe.context import Ctx, PlanCtx
-from fedpipe.types import Batch, Method, Plan, Tensors
+from fedpipe.context import PlanCtx
+from fedpipe.types import Method, Phase, Plan, Step
 
 
 def plan(ctx: PlanCtx) -> Plan | None:
-    return ctx.if_fits(Plan(hold=("in/model/*",)))
+    step = Step(anchor="in/model/*", mu=ctx.h["mu"])
+    return ctx.if_fits(Plan(phases=(Phase(step=step),), hold=("in/model/*",)))
 
 
-def direction(grad, at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensors, Tensors]:  # type: ignore[no-untyped-def]
-    return {n: g + ctx.h["mu"] * (at[n] - at[f"in/{n}"]) for n, g in grad().items()}, {}
-
-
-method = Method(name="fedprox", h={"mu": 0.01}, plan=plan, direction=direction)
+method = Method(name="fedprox", h={"mu": 0.01}, plan=plan)

@@ -1,22 +1,22 @@
 """SCAFFOLD. Karimireddy et al., ICML 2020. https://arxiv.org/abs/1910.06378
 
 Local step y <- y - eta (g(y) - c_i + c). After K steps, option II: c_i+ = c_i - c + (x - y) / (K eta);
-server x <- x + mean(y - x), c <- c + (|S| / N) mean(c_i+ - c_i). Here c is `server/c/*`, c_i is `own/c/*`.
-The mean is uniform. With full participation c stays the mean of the c_i. Plain SGD is assumed in c_i+.
+server x <- x + mean(y - x), c <- c + (|S| / N) mean(c_i+ - c_i). Here c is `server/c/*`, c_i is `own/c/*`,
+c_i - c is `tmp/h/*`. The mean is uniform. With full participation c stays the mean of the c_i. Plain SGD is assumed
+in c_i+.
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
 
-from fedpipe.aggregate import mean
 from fedpipe.context import Ctx, PlanCtx
-from fedpipe.types import Batch, Method, Plan, Tensors, Update, under
+from fedpipe.types import Method, Phase, Plan, Step, Tensors, Update, under
 
 
 def plan(ctx: PlanCtx) -> Plan | None:
-    down = ("model/*", "server/c/*")
-    return ctx.if_fits(Plan(down=down, hold=("in/*",), keep=("own/c/*",), weight="one"))
+    phases, down = (Phase(step=Step(variate="tmp/h/*")),), ("model/*", "server/c/*")
+    return ctx.if_fits(Plan(phases, down, hold=("in/model/*",), keep=("own/c/*",), weight="one"))
 
 
 def init(model: Tensors, ctx: Ctx) -> Tensors:
@@ -24,21 +24,17 @@ def init(model: Tensors, ctx: Ctx) -> Tensors:
 
 
 def begin(at: Tensors, ctx: Ctx) -> Tensors:
-    mine = {f"own/c/{n}": torch.zeros_like(c) for n, c in under(at, "in/server/c/").items()}
-    return {**under(at, "in/model/", "model/"), **mine, **under(at, "own/", "own/")}
-
-
-def direction(grad, at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensors, Tensors]:  # type: ignore[no-untyped-def]
-    return {n: g - at[f"own/c/{n[6:]}"] + at[f"in/server/c/{n[6:]}"] for n, g in grad().items()}, {}
+    c = under(at, "in/server/c/")
+    mine = under(at, "own/c/") or {n: torch.zeros_like(t) for n, t in c.items()}
+    h = {f"tmp/h/{n}": t - c[n] for n, t in mine.items()}
+    return {**under(at, "in/model/", "model/"), **{f"own/c/{n}": t for n, t in mine.items()}, **h}
 
 
 def end(at: Tensors, ctx: Ctx) -> tuple[Tensors, Tensors]:
-    drift = {
-        n: (at[f"in/model/{n}"] - at[f"model/{n}"]) / (ctx.steps * ctx.lr) - c
-        for n, c in under(at, "in/server/c/").items()
+    new = {
+        n: h + (at[f"in/model/{n}"] - at[f"model/{n}"]) / (ctx.steps * ctx.lr) for n, h in under(at, "tmp/h/").items()
     }
-    own = {f"own/c/{n}": at[f"own/c/{n}"] + d for n, d in drift.items()}
-    return {f"delta/c/{n}": d for n, d in drift.items()}, own
+    return {f"delta/c/{n}": c - at[f"own/c/{n}"] for n, c in new.items()}, {f"own/c/{n}": c for n, c in new.items()}
 
 
 def aggregate(state: Tensors, updates: Iterable[Update], ctx: Ctx) -> Tensors:
@@ -49,9 +45,7 @@ def aggregate(state: Tensors, updates: Iterable[Update], ctx: Ctx) -> Tensors:
             c.update({n: c[n] + d / ctx.clients for n, d in under(u.tensors, "delta/c/", "server/c/").items()})
             yield u
 
-    return {**mean(state, passing()), **c}
+    return {**ctx.mean(state, passing()), **c}
 
 
-method = Method(
-    name="scaffold", plan=plan, init=init, begin=begin, direction=direction, end=end, aggregate=aggregate
-)  # fmt: skip
+method = Method(name="scaffold", plan=plan, init=init, begin=begin, end=end, aggregate=aggregate)

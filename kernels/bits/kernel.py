@@ -118,7 +118,9 @@ VARIANTS = {
         {"W": TILE, "WIDE": False},
         aligned=("n",),
     ),
-    "popcount": Variant(popcount_kernel, {"packed": "*i32", "out": "*i32", "count": "i32"}, {"W": 1024}),
+    "popcount": Variant(
+        popcount_kernel, {"packed": "*i32", "out": "*i32", "count": "i32"}, {"W": 1024}, aligned=("count",)
+    ),
     "threshold": Variant(
         threshold_kernel,
         {"x": "*fp32", "threshold": "*fp32", "out": "*i32", "n": "i32", "count": "i32"},

@@ -11,10 +11,11 @@ from snakemake.utils import validate
 
 from fedpipe import worker
 from fedpipe.studyfile import load_study
-from fedpipe.digest import step_digest
+from fedpipe.digest import code_digest, step_digest
 from fedpipe.errors import FedpipeError
 from fedpipe.guard import forget_stale_locks, hold
 from fedpipe.io import canonical, digest
+from fedpipe.kernels.common import OPS
 from fedpipe.machine import outside
 from fedpipe.mend import mend
 from fedpipe.settings import check_settings

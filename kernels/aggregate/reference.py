@@ -1,0 +1,126 @@
+"""The weighted mean of what clients hold of one tensor, folded as they arrive, in plain torch."""
+
+from collections.abc import Iterable
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedpipe.kernels.bits import reference as bits
+
+MANY = 8  # clients that wait for one another
+BLOCK = 1 << 15  # entries whose sums, values and mask, in float64, take a megabyte
+Window = tuple[int, int, int]  # dimension, start, stop (exclusive); a stop past the end wraps round
+
+
+class Part(NamedTuple):
+    """What one client holds of a tensor: values of its windows' entries, of which `mask` (words) says which count; or,
+    where sparse, the values of just these, in order."""
+
+    values: Tensor
+    weight: float
+    mask: Tensor | None = None
+    windows: tuple[Window, ...] = ()
+    sparse: bool = False
+
+
+def region(shape: torch.Size, windows: Iterable[Window]) -> tuple[Tensor | slice, ...]:
+    """Index of the entries that windows leave of a tensor."""
+    spans = {dim: (start, stop) for dim, start, stop in windows}
+    if all(stop <= shape[d] for d, (_, stop) in spans.items()):
+        return tuple(slice(*spans[d]) if d in spans else slice(None) for d in range(len(shape)))
+    ranges = [torch.arange(*spans[d]) % n if d in spans else torch.arange(n) for d, n in enumerate(shape)]
+    return torch.meshgrid(*ranges, indexing="ij")
+
+
+def held(shape: torch.Size, windows: Iterable[Window]) -> tuple[int, ...]:
+    """Shape of what windows leave of a tensor."""
+    spans = {dim: stop - start for dim, start, stop in windows}
+    return tuple(spans.get(d, n) for d, n in enumerate(shape))
+
+
+class Fold:
+    """Sums in float64 of one tensor and of the weights of its entries.
+
+    A few clients wait for one another and are then folded block by block, so that a block's sums stay in the cache:
+    three times as fast as one client after another, and the same bits.
+    """
+
+    def __init__(self, old: Tensor):
+        self.old, self.waiting = old, list[Part]()
+        self.total = torch.zeros(old.shape, dtype=torch.float64, device=old.device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=old.device)  # of every entry, until one differs
+
+    def add(self, part: Part) -> None:
+        """Take one client's part."""
+        self.waiting.append(part)
+        if len(self.waiting) == MANY:
+            self._fold()
+
+    def result(self) -> Tensor:
+        """The mean; entries nobody holds keep the old value. Ends the fold."""
+        self._fold()
+        mean = self.total.div_(self.weight).to(self.old.dtype)
+        return torch.where(self.weight > 0, mean, self.old)
+
+    def _fold(self) -> None:
+        parts, self.waiting = self.waiting, []
+        if not self.weight.ndim and any(p.windows or p.mask is not None for p in parts):
+            self.weight = self.weight.expand(self.old.shape).clone()
+        for windows, some in groupby(parts, key=lambda p: bool(p.windows)):
+            if windows:
+                for part in some:
+                    self._window(part)
+            else:
+                self._blocks(list(some))
+
+    def _window(self, part: Part) -> None:
+        shape = held(self.old.shape, part.windows)
+        mask = None if part.mask is None else bits.unpack(part.mask, prod(shape)).view(shape)
+        values = part.values if mask is None or not part.sparse else _decoded(part.values, mask)
+        at = region(self.old.shape, part.windows)
+        if mask is not None:
+            self.total[at] += part.weight * (values * mask).double()
+            self.weight[at] += part.weight * mask.double()
+        elif all(isinstance(i, slice) for i in at):  # a view: added to in place, without a copy of its entries
+            self.total[at].add_(values, alpha=part.weight)
+            self.weight[at].add_(part.weight)
+        else:
+            self.total[at] += part.weight * values.double()
+            self.weight[at] += part.weight
+
+    def _blocks(self, parts: list[Part]) -> None:
+        n = self.old.numel()
+        total, values = self.total.view(-1), [p.values.view(-1) for p in parts]
+        masks = [None if p.mask is None else bits.unpack(p.mask, max(n, 1))[:n] for p in parts]
+        taken = [0] * len(parts)  # values of sparse parts that blocks before have used
+        scratch = self.total.new_empty(2, min(n, BLOCK))
+        for start in range(0, n, BLOCK):
+            stop = min(start + BLOCK, n)
+            weight = self.weight.view(-1)[start:stop] if self.weight.ndim else None
+            for i, (part, mask) in enumerate(zip(parts, masks, strict=True)):
+                if mask is None:
+                    total[start:stop].add_(values[i][start:stop], alpha=part.weight)
+                    if weight is not None:
+                        weight.add_(part.weight)
+                    continue
+                assert weight is not None
+                on = mask[start:stop]
+                if part.sparse:
+                    first, taken[i] = taken[i], taken[i] + int(on.sum())
+                    x = _decoded(values[i][first : taken[i]], on)
+                else:
+                    x = values[i][start:stop]
+                wide, ones = scratch[0, : stop - start].copy_(x), scratch[1, : stop - start]
+                ones.copy_(on.view(torch.uint8))  # from bytes: twice as fast as from bools
+                total[start:stop].addcmul_(wide, ones, value=part.weight)
+                weight.add_(ones, alpha=part.weight)
+        if not self.weight.ndim:
+            for part in parts:
+                self.weight += part.weight
+
+
+def _decoded(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter_(mask, values)
