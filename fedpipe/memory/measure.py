@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -33,6 +34,7 @@ class Peak:
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
+            _warm(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
@@ -50,6 +52,16 @@ class Peak:
             rise = _largest_rise(self._profile)
             self._profile = None
         self.bytes = self._held + rise
+
+
+@cache
+def _warm(device: torch.device) -> None:
+    """Have the matrix library take the workspace it keeps, forward and backward (autograd's thread has one of its own):
+    once a process, and no client's."""
+    x = torch.ones(2, 2, device=device, requires_grad=True)
+    with torch.enable_grad():
+        (x @ x).sum().backward()
+    torch.cuda.synchronize(device)
 
 
 def _largest_rise(profile: Any) -> int:

@@ -36,9 +36,14 @@ def threshold_zero_(x: Tensor, threshold: float | Tensor, backend: Backend = "au
     anything is written, for a threshold that is negative or NaN, and for wrong types and shapes.
     """
     wanted("x", x, FLOATS)
-    t = torch.as_tensor(threshold, dtype=x.dtype, device=x.device).expand(x.shape[:-1]).contiguous()
-    if not bool((t >= 0).all()):
+    # A number is looked at here, as asking a device for it would wait for all that runs there.
+    fine = bool((threshold >= 0).all()) if isinstance(threshold, Tensor) else threshold >= 0
+    if not fine:
         raise ValueError("threshold: negative or NaN; wanted numbers >= 0")
+    if isinstance(threshold, Tensor):
+        t = threshold.to(x.device, x.dtype).expand(x.shape[:-1]).contiguous()
+    else:
+        t = torch.full(x.shape[:-1], threshold, dtype=x.dtype, device=x.device)
     return _code(backend, x).threshold_zero_(x, t)
 
 

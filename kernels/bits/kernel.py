@@ -40,15 +40,19 @@ def unpack_kernel(packed, out, n, count, W: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def ones(v):
+    """Set bits of words; spelt as LLVM recognises one machine instruction in it."""
+    v = v.to(tl.uint32, bitcast=True)
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    return ((((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def popcount_kernel(packed, out, count, W: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     word = tl.program_id(0) * W + tl.arange(0, W)
-    v = tl.load(packed + row * count + word, mask=word < count, other=0)
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    v = (v & 0x00FF00FF) + ((v >> 8) & 0x00FF00FF)
-    v = (v & 0xFFFF) + ((v >> 16) & 0xFFFF)
+    v = ones(tl.load(packed + row * count + word, mask=word < count, other=0))
     tl.store(out + row * tl.num_programs(0) + tl.program_id(0), tl.sum(v, axis=0))
 
 

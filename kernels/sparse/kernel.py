@@ -9,21 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedpipe.kernels.bits.kernel import TILE, tile
+from fedpipe.kernels.bits.kernel import TILE, ones, tile
 from fedpipe.kernels.common import Variant
 from fedpipe.kernels.common import words as words_of
 
 GROUP = 16  # tiles counted by one program
 BLOCK = 1024  # indices scattered by one program
-
-
-@triton.jit
-def ones(v):
-    """Set bits of words; spelt as LLVM recognises one machine instruction in it."""
-    v = v.to(tl.uint32, bitcast=True)
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    return ((((v + (v >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit

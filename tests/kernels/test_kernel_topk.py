@@ -239,7 +239,7 @@ X = torch.zeros(8)
     ("call", "said"),
     [
         (lambda: topk.topk_mask(X.int(), 1), "x: torch.int32; wanted float32"),
-        (lambda: topk.topk_mask(X.double(), 1, backend="triton"), "x: torch.float64; wanted float32"),
+        (lambda: topk.topk_mask(X.double().to(DEVICE), 1, backend="triton"), "x: torch.float64; wanted float32"),
         (lambda: topk.topk_mask(X.view(2, 2, 2), 1), r"x: shape \(2, 2, 2\); wanted \[n\]"),
         (lambda: topk.topk_mask(X[:0], 0), r"x: shape \(0,\); wanted"),
         (lambda: topk.topk_mask(X.view(2, 4).T, 1), "x: not contiguous"),
