@@ -95,4 +95,10 @@ def run(row: Row, benchmark: Any) -> None:
         ratios={k: median[k] / median["ours"] for k in baselines}, baselines_ms={k: 1e3 * median[k] for k in baselines},
         waited_ms=1e3 * statistics.median(s[1] for s in seen["ours"]), limits=row.limits,
     )  # fmt: skip
-    benchmark.pedantic(ours, rounds=3, iterations=1)
+
+    def finished() -> None:
+        ours()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=3, iterations=1)
