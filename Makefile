@@ -16,11 +16,13 @@ help: ## list these commands
 
 install: $(VENV)/.installed ## install into .venv, with the versions of constraints.txt
 
-# torch comes first and alone, from one try at TORCH_INDEX: out of reach it is skipped with a warning.
+# torch comes first and alone, from one try at TORCH_INDEX: out of reach it is skipped with a warning. A build for CUDA
+# pins a triton of its own, which then goes before that of constraints.txt.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install -q --no-deps --retries 0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch
-	pip install -q -c constraints.txt -e ".[test]"
+	grep -v "$$(pip show torch | grep '^Requires:.*triton' >/dev/null && echo '^triton=' || echo '^$$')" constraints.txt > $(VENV)/constraints.txt
+	pip install -q -c $(VENV)/constraints.txt -e ".[test]"
 	@touch $@
 
 quickstart: install ## FedAvg and FeDepth under four memory budgets, on embedded images

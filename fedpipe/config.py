@@ -6,7 +6,7 @@ Importing this module loads neither torch nor datasets nor matplotlib: the Snake
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -45,6 +45,11 @@ Width = Annotated[float, Field(gt=0, le=1), NUMBER]
 Backend = Literal["auto", "reference"]
 Operation = Literal["step", "topk", "bits", "sparse", "aggregate"]
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]
+
+
+def _for_all(value: Any) -> Any:
+    """One word is of every operation."""
+    return dict.fromkeys(get_args(Operation), value) if isinstance(value, str) else value
 
 
 class _Typed(BaseModel):
@@ -182,8 +187,8 @@ class _Shared(_Typed):
     )
     threads: Positive = Field(1, description="threads of a job; part of the platform, as other counts give other bits")
     measure: Literal["witness", "all"] = Field("witness", description="whose peak memory is measured while training")
-    kernels: Backend | dict[Operation, Backend] = Field(
-        "auto", description="auto: Triton on CUDA, plain torch elsewhere; reference: plain torch; or {topk: reference}"
+    kernels: Annotated[dict[Operation, Backend], BeforeValidator(_for_all)] = Field(
+        {}, description="auto: Triton on CUDA, plain torch elsewhere; reference: plain torch; or {topk: reference}"
     )
     margin: Annotated[float, Field(ge=0), NUMBER] = Field(
         0.05, description="share of a budget kept free above the predicted peak"
@@ -282,7 +287,7 @@ class Run(_Shared):
 
     def kernel(self, operation: Operation) -> Backend:
         """Which code an operation of `fedpipe.kernels` runs by."""
-        return self.kernels if isinstance(self.kernels, str) else self.kernels.get(operation, "auto")
+        return self.kernels.get(operation, "auto")
 
     @property
     def label(self) -> str:

@@ -9,6 +9,7 @@ from fedpipe.errors import FedpipeError
 from fedpipe.guard import held
 from fedpipe.io import remove
 from fedpipe.paths import StudyPaths
+from fedpipe.report.cells import mib
 from fedpipe.studyfile import load_study
 
 _TEMPORARY = re.compile(r"\..+\.tmp")  # left by a writer that was killed
@@ -61,19 +62,18 @@ def collect(out: Path, yes: bool) -> None:
         total = 0
         for path in list(unneeded(out)):
             total += (bytes_ := size(path, seen))
-            print(f"{mib(bytes_):>10}  {path}")
+            print(f"{mib(bytes_):>10} MiB  {path}")
             if yes:
                 remove(path)
-    print(f"{mib(total):>10}  {'removed' if yes else 'to be removed, by the same command with --yes'}", file=sys.stderr)
+    print(
+        f"{mib(total):>10} MiB  {'removed' if yes else 'to be removed, by the same command with --yes'}",
+        file=sys.stderr,
+    )
 
 
 def show(out: Path) -> None:
     """Print `usage`, the largest first, and the sum."""
     parts = usage(out)
     for name, bytes_ in sorted(parts, key=lambda part: -part[1]):
-        print(f"{mib(bytes_):>10}  {name}")
-    print(f"{mib(sum(b for _, b in parts)):>10}  {out}")
-
-
-def mib(count: int) -> str:
-    return f"{count / 2**20:.2f} MiB"
+        print(f"{mib(bytes_):>10} MiB  {name}")
+    print(f"{mib(sum(b for _, b in parts)):>10} MiB  {out}")

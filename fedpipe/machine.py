@@ -43,7 +43,7 @@ def describe(run: Run) -> str:
     return f"{versions}, {kind} {what}, onednn {isa}, threads {run.threads}, {run.precision}"
 
 
-def outside() -> str:
+def host() -> str:
     """What decides bits as far as it is known without torch: keeps apart, in a cache, what other machines have made."""
     kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if k in _flags()]
     versions = " ".join(f"{p} {version(p)}" for p in ("torch", "numpy"))

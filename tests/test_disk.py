@@ -41,6 +41,7 @@ def test_du_counts_linked_files_once(out: Path, capsys: pytest.CaptureFixture[st
 
 def test_gc_removes_what_nothing_needs(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run,) = StudyPaths(out, load_study(out / "study.json")).runs
+    last = (run.state(2) / "server@2.safetensors").read_bytes()
     (out / "runs/.state.host.1.abc.tmp").mkdir()
     digest = [(t, b) for t, b in disk.usage(out) if run.run.id in t and "state" not in t and "own" not in t]
     gone = {f.relative_to(out).parts[0] for f in disk.unneeded(out)}
@@ -52,7 +53,7 @@ def test_gc_removes_what_nothing_needs(out: Path, capsys: pytest.CaptureFixture[
     assert main(["gc", str(out), "--yes"]) == 0
     assert list(disk.unneeded(out)) == [] and len(list(out.glob("runs/*"))) == 1
     assert [(t, b) for t, b in disk.usage(out) if run.run.id in t and "state" not in t and "own" not in t] == digest
-    assert fingerprint(out)
+    assert fingerprint(out) and (run.state(2) / "server@2.safetensors").read_bytes() == last
 
 
 def test_gc_is_refused_beside_a_command_at_work_and_elsewhere(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

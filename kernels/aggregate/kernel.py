@@ -100,6 +100,8 @@ class Fold:
         """Take one client's part; a launch is made when enough of one kind wait."""
         if any(d > 1 for d, _, _ in part.windows) or (part.windows and part.mask is not None):
             part = _spread(self.old, part)
+        if part.values.data_ptr() % 16:  # a view from the midst of a buffer: the kernel loads 16 bytes at a time
+            part = part._replace(values=part.values.clone())
         if self.waiting and (len(self.waiting) == MANY or _kind(part) != _kind(self.waiting[0])):
             self._launch(last=False)
         self.waiting.append(part)

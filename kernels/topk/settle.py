@@ -9,8 +9,9 @@ Tiles hold EACH tiles of the split, as few entries are left in them; a word's bi
 import triton
 import triton.language as tl
 
+from fedpipe.kernels.bits.kernel import ones
 from fedpipe.kernels.topk.order import key
-from fedpipe.kernels.topk.split import clip, lowest, ones
+from fedpipe.kernels.topk.split import clip, lowest
 
 EACH = 8  # tiles of the split in one of these
 

@@ -7,28 +7,13 @@ only grow along the buffer. Counts lie from index 1 on, so that their running su
 # mypy: disable-error-code="no-untyped-def"
 # Arguments of a Triton kernel are what it is compiled for, not Python values.
 
-import os
-
 import triton
 import triton.language as tl
 
-from fedpipe.kernels.bits.kernel import tile
+from fedpipe.kernels.bits.kernel import ones, tile
 from fedpipe.kernels.topk.order import key
 
 TILE = 128  # words of a tile: 4,096 entries
-POPC = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")  # the interpreter knows no PTX
-
-
-@triton.jit
-def ones(word):
-    """Set bits of each word."""
-    if POPC:
-        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
-    v = word - ((word >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    v = (v & 0x00FF00FF) + ((v >> 8) & 0x00FF00FF)
-    return (v & 0xFFFF) + ((v >> 16) & 0xFFFF)
 
 
 @triton.jit

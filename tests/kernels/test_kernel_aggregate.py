@@ -102,6 +102,16 @@ def test_other_types(dtype: torch.dtype) -> None:
     assert torch.allclose(ours, want, rtol=last_place, atol=0) and ours.dtype == dtype
 
 
+def test_a_view_from_the_midst_of_a_buffer() -> None:
+    """The kernel loads 16 bytes at a time: values that do not begin at a multiple of that are copied first."""
+    old, buffer = torch.randn(64, device=DEVICE), torch.randn(65, device=DEVICE)
+    fold = Fold(old, backend="triton")
+    fold.add(Part(buffer[1:], 1.0))
+    (waiting,) = fold.fold.waiting
+    assert buffer[1:].data_ptr() % 16 and waiting.values.data_ptr() % 16 == 0
+    assert torch.equal(fold.result(), buffer[1:])
+
+
 def test_nobody() -> None:
     old = torch.randn(5, device=DEVICE)
     for backend in ("triton", "reference"):

@@ -16,7 +16,7 @@ from fedpipe.errors import FedpipeError
 from fedpipe.guard import forget_stale_locks, hold
 from fedpipe.io import canonical, digest
 from fedpipe.kernels.common import OPS
-from fedpipe.machine import outside
+from fedpipe.machine import host
 from fedpipe.mend import mend
 from fedpipe.settings import check_settings
 from fedpipe.paths import KEEP, StudyPaths, data_id, lasting, measure_id, partition_id, segments

@@ -33,7 +33,7 @@ rule whole:
         rounds=code_of_rounds,
         evaluate=code_of("evaluate", RUNS),
         last=EVERY,
-        platform=outside(),
+        platform=host(),
     shell:
         "(fedpipe assign --run {input.run} --data {input.data}"
         " --clients {input.clients} --prediction {input.prediction}"
