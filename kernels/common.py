@@ -5,6 +5,7 @@ Buffers may have a leading client axis: [clients, n], with masks [clients, words
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +43,23 @@ def wanted(name: str, tensor: "Tensor", dtypes: tuple[Any, ...], shape: tuple[in
         raise ValueError(f"{name}: on {tensor.device}; wanted {like.device}, where the others are")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: not contiguous (strides {tensor.stride()}); wanted a contiguous tensor")
+
+
+def later(word: "Tensor") -> Callable[[], int]:
+    """What a word of the device holds now; asked for later, so that more can be launched before it is waited for."""
+    import torch
+
+    if not word.is_cuda:
+        return lambda: int(word)
+    copy, copied = torch.empty(word.shape, dtype=word.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(word, non_blocking=True)
+    copied.record()
+
+    def value() -> int:
+        copied.synchronize()
+        return int(copy)
+
+    return value
 
 
 @dataclass(frozen=True)

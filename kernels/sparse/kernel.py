@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedpipe.kernels.bits.kernel import TILE, ones, tile
-from fedpipe.kernels.common import Variant
+from fedpipe.kernels.common import Variant, later
 from fedpipe.kernels.common import words as words_of
 
 GROUP = 16  # tiles counted by one program
@@ -74,15 +74,29 @@ def _ends(words: Tensor) -> Tensor:
 
 
 def _encoded(x: Tensor, words: Tensor, nnz: int | None, at: bool) -> tuple[Tensor, Tensor]:
+    """nnz unknown: room for an eighth of the entries is guessed and filled while the host waits for the number."""
     if not x.numel():
         return x.new_empty(0, dtype=torch.int32), x.new_empty(0)
-    n, ends = x.numel(), _ends(words)
-    nnz = int(ends[-1]) if nnz is None else nnz
-    values = torch.empty(nnz, dtype=x.dtype, device=x.device)
-    indices = torch.empty(nnz if at else 0, dtype=torch.int32, device=x.device)
-    if nnz:
+    ends = _ends(words)
+    if nnz is not None:
+        return _compacted(x, words, ends, nnz, at)
+    number, guess = later(ends[-1]), max(1024, x.numel() // 8)
+    indices, values = _compacted(x, words, ends, guess, at)
+    nnz = number()
+    if nnz > guess:
+        return _compacted(x, words, ends, nnz, at)
+    if nnz < guess // 2:  # little of the room is used: it goes back
+        return indices[:nnz].clone(), values[:nnz].clone()
+    return indices[:nnz], values[:nnz]
+
+
+def _compacted(x: Tensor, words: Tensor, ends: Tensor, most: int, at: bool) -> tuple[Tensor, Tensor]:
+    n = x.numel()
+    values = torch.empty(most, dtype=x.dtype, device=x.device)
+    indices = torch.empty(most if at else 0, dtype=torch.int32, device=x.device)
+    if most:
         encode_kernel[(ends.numel(),)](
-            x, words, ends, values, indices, n, words.numel(), nnz, W=TILE, WIDE=n >= 2**31, AT=at
+            x, words, ends, values, indices, n, words.numel(), most, W=TILE, WIDE=n >= 2**31, AT=at
         )
     return indices, values
 

@@ -2,7 +2,7 @@
 
 Ties at the threshold are kept lowest index first, so that exactly k bits are set; two runs give the same bits, on any
 device. No sort: a sample brackets the threshold, one read of the buffer decides all but the few entries inside the
-bracket, and counts prove the bracket right or send the call to a slower exact way.
+bracket, and counts prove the bracket right or give a nearer one for another read.
 """
 
 from collections.abc import Sequence

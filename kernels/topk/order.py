@@ -1,4 +1,4 @@
-"""Order statistics of magnitudes, without sorting: of a sample in registers, of any number of keys by counting passes.
+"""Brackets of a threshold: order statistics of samples, searched for bit by bit in registers.
 
 A key is the bits of a float without its sign, an integer in the order of |x|.
 """
@@ -8,9 +8,6 @@ A key is the bits of a float without its sign, an integer in the order of |x|.
 
 import triton
 import triton.language as tl
-
-DIGIT = 16  # pivots of a counting pass: each leaves a sixteenth of the interval
-BLOCK = 512
 
 
 @triton.jit
@@ -28,92 +25,72 @@ def scattered(i):
 
 
 @triton.jit
-def sample_kernel(
-    x, starts, ranks, out, n, segments, MASK: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, LOG: tl.constexpr
-):  # fmt: skip
-    """Two order statistics of M entries of a segment, one from each of M strata; of all, where there are at most M.
+def two_ranks(v, a_rank, b_rank, top, BITS: tl.constexpr):
+    """The a_rank-th and the b_rank-th largest of v, of at most 2^15 entries, to their highest `top` bits; the rest of
+    the first are 0, of the second 1. A rank of 0 gives all ones.
 
-    A rank of 0 gives MASK, above every number; one beyond M gives 0.
+    One sum over entries for each bit serves both: at first both search the same, then two counts share a word."""
+    low, high = a_rank * 0, b_rank * 0
+    for i in range(top):
+        bit = 1 << (BITS - 1 - i)
+        if low == high:
+            both = tl.sum((v >= (low | bit)).to(tl.int32), axis=0) * 65537
+        else:
+            both = tl.sum((v >= (low | bit)).to(tl.int32) + ((v >= (high | bit)).to(tl.int32) << 16), axis=0)
+        low = tl.where((both & 0xFFFF) >= a_rank, low | bit, low)
+        high = tl.where((both >> 16) >= b_rank, high | bit, high)
+    return low, high | ((1 << (BITS - top)) - 1)
+
+
+@triton.jit
+def sample_kernel(
+    x, starts, ranks, out, n, segments,
+    MASK: tl.constexpr, INF: tl.constexpr, BITS: tl.constexpr, M: tl.constexpr, STRATA: tl.constexpr,
+):  # fmt: skip
+    """Two order statistics of M entries of a segment, neighbours from each of 2^STRATA strata; of all entries, where
+    there are at most M.
+
+    A rank of 0 gives INF, which no number is above; one beyond M gives 0. Where not all are sampled, a low and a high
+    one that are near, to 18 bits: the least and the greatest of the sample that begin like those of the ranks.
     """
     group = tl.program_id(0)
     row = (group // segments).to(tl.int64)
     start = tl.load(starts + group % segments)
     size = tl.load(starts + group % segments + 1) - start
     i = tl.arange(0, M)
-    stratum = tl.maximum(size >> LOG, 1)
-    inside = scattered(i * tl.num_programs(1) + tl.program_id(1)) % stratum.to(tl.uint32)
-    at = tl.where(size <= M, i.to(tl.int64), ((i * size) >> LOG) + inside.to(tl.int64))
+    NEAR: tl.constexpr = M >> STRATA
+    j = i // NEAR
+    here = scattered(j * tl.num_programs(1) + tl.program_id(1))
+    inside = tl.umulhi(here, tl.maximum((size >> STRATA) - NEAR + 1, 1).to(tl.uint32) + here * 0).to(tl.int64)
+    at = tl.where(size <= M, i.to(tl.int64), ((j * size) >> STRATA) + inside + i % NEAR)
     v = key(tl.load(x + row * n + start + at, mask=at < size, other=0), MASK)
     v = tl.where(at < size, v, -1)
     ranks += group % segments * 2
-    low_rank, high_rank = tl.load(ranks), tl.load(ranks + 1)
-    low = low_rank * 0
-    high = high_rank * 0
-    for b in range(BITS):
-        bit = 1 << (BITS - 1 - b)
-        low = tl.where(tl.sum((v >= (low | bit)).to(tl.int32), axis=0) >= low_rank, low | bit, low)
-        high = tl.where(tl.sum((v >= (high | bit)).to(tl.int32), axis=0) >= high_rank, high | bit, high)
+    a_rank, b_rank = tl.load(ranks), tl.load(ranks + 1)
+    low, high = two_ranks(v, a_rank, b_rank, tl.where(size <= M, BITS, min(BITS, 18)), BITS)
+    if size > M:
+        low = tl.where(a_rank > M, 0, tl.min(tl.where(v >= low, v, MASK), axis=0))
+        high = tl.where(b_rank == 0, INF, tl.max(tl.where(v <= high, v, 0), axis=0))
     out += (group * tl.num_programs(1) + tl.program_id(1)) * 2
-    tl.store(out, low)
-    tl.store(out + 1, high)
+    tl.store(out, tl.minimum(low, INF))
+    tl.store(out + 1, tl.minimum(high, INF))
 
 
 @triton.jit
-def refined(before, partial, wanted, DIGIT: tl.constexpr, B: tl.constexpr):
-    """The interval that is left after a pass, by the counts of its programs, and the keys above it."""
-    low, high, above = tl.load(before), tl.load(before + 1), tl.load(before + 2)
-    if low < high:
-        j = tl.arange(0, DIGIT)
-        step = (high - low) // DIGIT + 1
-        counts = tl.load(partial + tl.arange(0, B)[:, None] * DIGIT + j[None, :])
-        inside = low + j * step <= high
-        reached = tl.where(inside, tl.sum(counts.to(tl.int64), axis=0), 0)
-        digit = tl.max(tl.where(inside & (reached >= wanted), j, 0), axis=0)
-        beyond = tl.sum(tl.where(j == digit + 1, reached, 0), axis=0)
-        above = tl.where((digit + 1 < DIGIT) & (low + (digit + 1) * step <= high), beyond, above)
-        low = low + digit * step
-        high = tl.minimum(high, low + step - 1)
-    return low, high, above
+def mean_kernel(out, bracket, programs, INF: tl.constexpr, MANY: tl.constexpr, B: tl.constexpr):
+    """Of the brackets out [groups, programs, 2] of each group, the means of both ends, rounded outwards.
 
-
-@triton.jit(do_not_specialize=["number"])
-def narrow_kernel(
-    keys, plan, bracket, state, partial, found, threshold, number, groups,
-    MASK: tl.constexpr, INF: tl.constexpr, DIGIT: tl.constexpr, BLOCK: tl.constexpr, B: tl.constexpr,
-    LAST: tl.constexpr,
-):  # fmt: skip
-    """One pass: take the last pass's counts into account, then count the keys at or above each pivot of what is left.
-
-    state [passes, groups, 3]: interval [low, high] of the statistic, keys above it; every program works it out and the
-    first writes it, so that a pass is one launch. The last writes it, and how many of the keys equal to it are wanted.
-    """
-    group = tl.program_id(0)
-    wanted = tl.load(plan + group * 4 + 2)
-    j = tl.arange(0, DIGIT)
-    if number == 0:
-        low, high = tl.load(bracket + group * 2).to(tl.int64), tl.load(bracket + group * 2 + 1).to(tl.int64)
-        above = low * 0
-    else:
-        low, high, above = refined(
-            state + ((number - 1) * groups + group) * 3, partial + ((number - 1) * groups + group) * B * DIGIT, wanted,
-            DIGIT, B,
-        )  # fmt: skip
-    if LAST:
-        tl.store(found + group * 2, low)
-        tl.store(found + group * 2 + 1, wanted - above)
-        tl.store(threshold + group, tl.where(wanted == 0, INF, low).to(threshold.dtype.element_ty))
-    else:
-        now = state + (number * groups + group) * 3
-        if tl.program_id(1) == 0:
-            tl.store(now, low)
-            tl.store(now + 1, high)
-            tl.store(now + 2, above)
-        if low < high:
-            pivot = tl.minimum(low + j * ((high - low) // DIGIT + 1), MASK).to(tl.int32)
-            end = tl.load(plan + group * 4 + 1)
-            seen = tl.zeros([DIGIT], tl.int32)
-            for first in range(tl.load(plan + group * 4) + tl.program_id(1) * BLOCK, end, B * BLOCK):
-                at = first + tl.arange(0, BLOCK)
-                v = tl.where(at < end, key(tl.load(keys + at, mask=at < end, other=0), MASK), -1)
-                seen += tl.sum((v[:, None] >= pivot[None, :]).to(tl.int32), axis=0)
-            tl.store(partial + ((number * groups + group) * B + tl.program_id(1)) * DIGIT + j, seen)
+    Neighbours that are alike make these vary more than entries drawn one by one would, of which a bracket is four
+    standard deviations to each side: it is at least 3.2 of those that are seen, where that can be told."""
+    i = tl.arange(0, B)
+    here = out + (tl.program_id(0) * programs + i) * 2
+    lows = tl.load(here, mask=i < programs, other=0).to(tl.int64)
+    highs = tl.load(here + 1, mask=i < programs, other=0).to(tl.int64)
+    low = tl.sum(lows, axis=0) // programs
+    high = (tl.sum(highs, axis=0) + programs - 1) // programs
+    off = tl.where(i < programs, lows - low, 0).to(tl.float32)
+    deviation = tl.sqrt(tl.sum(off * off, axis=0) / ((programs - 1) * programs))
+    more = tl.maximum(3.2 * deviation - (high - low).to(tl.float32) / 2, 0.0).to(tl.int64)
+    more = tl.where(programs >= MANY, more, 0)
+    tl.store(bracket + tl.program_id(0) * 2, tl.maximum(low - more, 0).to(tl.int32))
+    tl.store(bracket + tl.program_id(0) * 2 + 1, tl.minimum(high + more, INF).to(tl.int32))

@@ -1,7 +1,7 @@
-"""Tiles of words cut at a bracket: what is surely kept, what is undecided, and settling the undecided.
+"""Tiles of words cut at a bracket: what is above it, what is in it, and counts of both.
 
 A tile may hold several segments; counts of (tile, segment) go to slot tile + segment, which no other pair has as both
-only grow along the buffer. Counts lie from index 1 on, so that their running sum is that of the slots before.
+only grow along the buffer.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -11,102 +11,114 @@ import triton
 import triton.language as tl
 
 from fedpipe.kernels.bits.kernel import ones, tile
-from fedpipe.kernels.topk.order import key
 
 TILE = 128  # words of a tile: 4,096 entries
+WARPS = 4
 
 
 @triton.jit
-def lowest(bit):
-    """Number of the one bit that is set, from the exponent of it as a float."""
-    return ((bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+def below(i):
+    """The lowest i bits, 0 to 32 of them."""
+    return tl.where(i < 32, (1 << (i & 31)) - 1, -1)
 
 
 @triton.jit
-def clip(word, start, end):
-    """The bits of each word that stand for entries from start up to end."""
-    entry = word.to(tl.int64) * 32
-    a = tl.minimum(tl.maximum(start - entry, 0), 32)
-    b = tl.minimum(tl.maximum(end - entry, 0), 32)
-    one = a * 0 + 1
-    return ((one << b) - (one << a)).to(tl.int32)
+def clip(start, end, W: tl.constexpr):
+    """The bits of W words that stand for entries from start up to end, both counted from the first word's first."""
+    entry = tl.arange(0, W) * 32
+    a = tl.minimum(tl.maximum(start, 0), W * 32).to(tl.int32) - entry
+    b = tl.minimum(tl.maximum(end, 0), W * 32).to(tl.int32) - entry
+    return below(tl.minimum(tl.maximum(b, 0), 32)) & ~below(tl.minimum(tl.maximum(a, 0), 32))
 
 
 @triton.jit
-def noted(slot, total, two, open_, nan):
-    """Counts of a slot: sure, undecided, undecided if the bracket is no single value, and whether there is a NaN."""
-    tl.store(slot, (two & 0xFFFF).to(tl.int64))
-    tl.store(slot + total, (two >> 16).to(tl.int64))
-    tl.store(slot + 2 * total, tl.where(open_, two >> 16, 0).to(tl.int64))
-    tl.store(slot + 3 * total, nan.to(tl.int64))
+def number(key, like):
+    """The magnitude that a key stands for, in float32, which holds those of 16 bits too."""
+    if like.dtype.primitive_bitwidth == 16:
+        return key.to(tl.int16).to(like.dtype, bitcast=True).to(tl.float32)
+    return key.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def piece(
+    x, local, inside_n, bracket, starts, counts, ties, n, begin, row, s, slots, segments,
+    W: tl.constexpr, SEGMENTED: tl.constexpr,
+):  # fmt: skip
+    """Words of a tile's entries of one segment above its bracket and in it, and the number of these."""
+    raw = tl.load(x + local, mask=local < inside_n, other=0.0)  # on its way while the segment is looked up
+    low, high = tl.load(bracket + (row * segments + s) * 2), tl.load(bracket + (row * segments + s) * 2 + 1)
+    start, end = begin * 0, begin * 0 + n
+    if SEGMENTED:
+        start, end = tl.load(starts + s), tl.load(starts + s + 1)
+    v = tl.abs(raw.to(tl.float32))
+    one = (tl.full([32], 1, tl.int32) << tl.arange(0, 32))[None, :]
+    above = tl.sum(tl.where(v > number(high, raw), one, 0), axis=1)
+    reached = tl.sum(tl.where(v < number(low, raw), 0, one), axis=1)
+    if (start > begin) | (end < begin + W * 32):
+        inside = clip(start - begin, end - begin, W)
+        above &= inside
+        reached &= inside
+    reached &= ~above
+    both = tl.sum(ones(above) + (ones(reached) << 16), axis=0)
+    two = both.to(tl.int64)
+    if low == high:  # read again, as registers are scarce
+        again = tl.load(x + local, mask=local < inside_n, other=0.0)
+        two |= (tl.max(tl.max((again != again).to(tl.int32), axis=1), axis=0)).to(tl.int64) << 32
+    slot = row * slots + tl.program_id(0) + s
+    tl.store(counts + slot, two)
+    tl.store(ties + slot, tl.where(low == high, both >> 16, 0))
+    return above, reached, both >> 16
 
 
 @triton.jit
 def split_kernel(
-    x, bracket, starts, first, sure, undecided, counts, n, count, slots, segments,
-    MASK: tl.constexpr, INF: tl.constexpr, W: tl.constexpr, SEGMENTED: tl.constexpr, WIDE: tl.constexpr,
+    x, bracket, starts, first, sure, undecided, counts, ties, filled, values, offsets, n, count, slots, segments,
+    W: tl.constexpr, CAP: tl.constexpr, SEGMENTED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The one read of the buffer: masks of what is above the bracket and of what is in it, and counts.
 
-    Instructions, not bytes, are scarce here: entries are counted and cut at segments' ends as bits of words, and loaded
-    again for each segment of a tile rather than held.
+    Instructions, not bytes, are scarce here: magnitudes are compared as floats, and entries are counted and cut at
+    segments' ends as bits of words. A NaN is left undecided, and found when that is looked at; where a bracket is one
+    value, and nothing will be, it is looked for here. Counts of a slot share an integer: sure, undecided from bit 16
+    on, a NaN at bit 32; ties are the undecided of a bracket of one value. The undecided are written side by side while
+    the tile is in the cache: values and offsets in the tile [tiles, CAP], filled [tiles] their number; if that is above
+    CAP, none are.
     """
     row = tl.program_id(1).to(tl.int64)
-    total = tl.num_programs(1).to(tl.int64) * slots
     begin = tl.program_id(0).to(tl.int64) * (W * 32)
     x += row * n + begin
     inside_n = n - begin if WIDE else n - tl.program_id(0) * (W * 32)
-    bit = tl.arange(0, 32)
-    local = tl.arange(0, W)[:, None] * 32 + bit[None, :]
+    local = tl.arange(0, W)[:, None] * 32 + tl.arange(0, 32)[None, :]
     s0, s1 = 0, 0
     if SEGMENTED:
         s0, s1 = tl.load(first + tl.program_id(0)), tl.load(first + tl.program_id(0) + 1)
-    kept, left = tl.zeros([W], tl.int32), tl.zeros([W], tl.int32)
-    for s in range(s0, s1 + 1):
-        low, high = tl.load(bracket + (row * segments + s) * 2), tl.load(bracket + (row * segments + s) * 2 + 1)
-        v = key(tl.load(x + local, mask=local < inside_n, other=0), MASK)
-        one = (tl.full([32], 1, tl.int32) << bit)[None, :]
-        above = tl.sum(tl.where(v > high, one, 0), axis=1)
-        band = tl.sum(tl.where(v >= low, one, 0), axis=1) & ~above
-        nan = tl.max(v, axis=None) > INF
-        start, end = tl.load(starts + s), tl.load(starts + s + 1)
-        if (start > begin) | (end < begin + W * 32):
-            inside = clip(tl.arange(0, W), start - begin, end - begin)
-            above &= inside
-            band &= inside
-        kept |= above
-        left |= band
-        two = tl.sum(ones(above) + (ones(band) << 16), axis=0)  # each is at most 32 W, far below 2^16
-        noted(counts + 1 + row * slots + tl.program_id(0) + s, total, two, low < high, nan)
     word = tl.program_id(0) * W + tl.arange(0, W)
-    tl.store(sure + row * count + word, kept, mask=word < count)
-    tl.store(undecided + row * count + word, left, mask=word < count)
-
-
-@triton.jit
-def plan_kernel(
-    counts, starts, k, plan, slots, segments, capacity,
-    HEAVY: tl.constexpr, MISSED: tl.constexpr, NAN: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """What the running sums of counts say of a segment: the place of its candidates, how many of them are wanted, and
-    whether the bracket held and all candidates have room."""
-    s, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    total = tl.num_programs(1).to(tl.int64) * slots
-    begin = counts + row * slots + s + tl.load(starts + s) // TILE
-    end = counts + row * slots + s + (tl.load(starts + s + 1) - 1) // TILE + 1
-    sure = tl.load(end) - tl.load(begin)
-    undecided = tl.load(end + total) - tl.load(begin + total)
-    first = tl.load(counts + 2 * total)
-    place, stop = tl.load(begin + 2 * total) - first, tl.load(end + 2 * total) - first
-    nan = tl.load(end + 3 * total) - tl.load(begin + 3 * total)
-    wanted = tl.load(k + s) - sure
-    held = ((wanted > 0) & (wanted <= undecided)) | ((wanted == 0) & (sure == 0))
-    status = tl.where(held, tl.where(stop > capacity, HEAVY, 0), MISSED)
-    plan += (row * segments + s) * 4
-    tl.store(plan, tl.minimum(place, capacity))
-    tl.store(plan + 1, tl.minimum(stop, capacity))
-    tl.store(plan + 2, wanted)
-    tl.store(plan + 3, tl.where(nan > 0, NAN, status).to(tl.int64))
+    at_sure, at_left = sure + row * count + word, undecided + row * count + word
+    total = 0
+    for s in range(s0, s1 + 1):
+        above, reached, many = piece(
+            x, local, inside_n, bracket, starts, counts, ties, n, begin, row, s, slots, segments, W, SEGMENTED
+        )
+        if s > s0:
+            above |= tl.load(at_sure, mask=word < count, other=0)
+            reached |= tl.load(at_left, mask=word < count, other=0)
+        tl.store(at_sure, above, mask=word < count)
+        tl.store(at_left, reached, mask=word < count)
+        total += many
+    tl.debug_barrier()
+    w = tl.load(at_left, mask=word < count, other=0)  # now each in a thread of its own
+    many = ones(w)
+    tile = row * tl.num_programs(0) + tl.program_id(0)
+    tl.store(filled + tile, total)
+    if total <= CAP:
+        here = tile * CAP + (tl.cumsum(many, axis=0) - many)
+        at = tl.arange(0, W) * 32
+        for _ in range(tl.max(many, axis=0)):
+            lowest = at + ones((w & (-w)) - 1)
+            tl.store(values + here, tl.load(x + lowest, mask=w != 0, other=0.0), mask=w != 0)
+            tl.store(offsets + here, lowest.to(tl.int16), mask=w != 0)
+            w &= w - 1
+            here += 1
 
 
 @triton.jit
