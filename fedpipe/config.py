@@ -43,7 +43,7 @@ NUMBER = BeforeValidator(_number)
 Positive = Annotated[int, Field(ge=1), NUMBER]
 Width = Annotated[float, Field(gt=0, le=1), NUMBER]
 Backend = Literal["auto", "reference"]
-Operation = Literal["step", "topk", "bits", "sparse", "aggregate"]
+Operation = Literal["step", "topk", "bits", "sparse", "aggregate", "norm"]
 Share = Annotated[float, Field(ge=0, le=1), NUMBER]
 
 
@@ -99,6 +99,12 @@ class Local(_Typed):
     batch: Positive = 32
     optimizer: Optimizer = Optimizer()
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
+    levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(
+        {}, description="how much units build again in the backward instead of saving it: {'b*': 1}"
+    )
+    again: list[tuple[str, str]] = Field(
+        [], description="ranges of units, first and last, that run again in the backward: [[b1, b3]]"
+    )
 
 
 class Budgets(_Typed):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fedpipe.kernels.common import Backend
     from fedpipe.models.chain import Chain
+    from fedpipe.recompute import Policy
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Ctx:
     samples: int = 0
     chain: "Chain | None" = field(default=None, repr=False)
     aggregation: "Backend" = "auto"  # what `mean` runs by
+    norm: "Backend" = "auto"  # what levels of recomputation run by
 
     def mean(self, state: Tensors, updates: "Iterable[Update]") -> Tensors:
         """The entry-wise weighted mean over the updates that hold an entry: `fedpipe.aggregate.mean`."""
@@ -50,8 +52,16 @@ class Ctx:
         values = {n: at[prefix + n] for n in chain.tensor_names}
         buffers = {n: values[n].clone() for n in chain.buffer_names} if self.role == "train" else {}
         upto = self.phase.upto if self.phase else None
-        z = torch.func.functional_call(chain, {**values, **buffers}, (x,), {"upto": upto})
+        z = torch.func.functional_call(chain, {**values, **buffers}, (x,), {"upto": upto, "policy": self._policy()})
         return z, {prefix + n: b for n, b in buffers.items()}
+
+    def _policy(self) -> "Policy | None":
+        from fedpipe.recompute import Policy
+
+        p = self.phase
+        if p is None or self.role != "train" or not (p.levels or p.again):
+            return None
+        return Policy(p.levels, p.again, self.norm)
 
     def apply(self, at: Tensors, x: "Tensor", prefix: str = "model/") -> "Tensor":
         """Logits [n, classes] of the model named by `prefix`; changed buffers are dropped."""

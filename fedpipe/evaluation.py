@@ -58,6 +58,7 @@ def client_scores(
     ctx = _eval_ctx(rt, client)
     at = rt.moved({**{f"in/{n}": t for n, t in state.items()}, **own})
     plan = rt.method.finish(rt.plan_ctx(row)) if rt.method.finish else None
+    plan = rt.levelled(plan) if plan else None
     if plan is not None and len(train):
         at |= rt.loop().train([rt.client(ctx, at, train)], plan)[0].at
     else:

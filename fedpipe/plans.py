@@ -12,13 +12,21 @@ from fedpipe.types import Phase, Plan, Step, Window, matches
 
 _PATTERNS = ("live", "down", "up", "fixed", "hold", "keep", "reply")
 _STEP = pa.struct([(p, pa.string()) for p in ("mask", "variate", "anchor")] + [("mu", pa.float64())])
+_LEVELS = pa.list_(pa.struct([("units", pa.string()), ("level", pa.int32())]))
+_AGAIN = pa.list_(pa.struct([("first", pa.string()), ("last", pa.string())]))
 _INDEX = pa.list_(pa.struct([("name", pa.string()), ("dim", pa.int32()), ("start", pa.int32()), ("stop", pa.int32())]))
 SCHEMA = pa.schema(
     [("plan", pa.string()), ("phase", pa.int32()), ("name", pa.string())]
     + [(p, pa.list_(pa.string())) for p in _PATTERNS]
     + [("epochs", pa.int32()), ("steps", pa.int32()), ("data", pa.string()), ("upto", pa.string())]
     + [("lr", pa.float64()), ("carry", pa.bool_()), ("index", _INDEX), ("model", pa.string()), ("weight", pa.string())]
-    + [("step", _STEP), ("trains", pa.list_(pa.string())), ("predicted", pa.int64())]
+    + [
+        ("step", _STEP),
+        ("levels", _LEVELS),
+        ("again", _AGAIN),
+        ("trains", pa.list_(pa.string())),
+        ("predicted", pa.int64()),
+    ]
 )
 
 
@@ -41,7 +49,11 @@ def plan_rows(
         shared: dict[str, Any] = {p: list(getattr(plan, p)) for p in _PATTERNS if p != "live"}
         shared |= {"index": [dataclasses.asdict(w) for w in plan.index], "weight": plan.weight}
         for i, (phase, peak) in enumerate(zip(plan.phases, predicted(plan), strict=True)):
-            own = dataclasses.asdict(phase) | {"live": list(phase.live)}
+            own = dataclasses.asdict(phase) | {
+                "live": list(phase.live),
+                "levels": [{"units": u, "level": n} for u, n in phase.levels],
+                "again": [{"first": a, "last": b} for a, b in phase.again],
+            }
             rows.append(
                 {"plan": pid, "phase": i, **own, **shared, "model": canonical(dict(plan.model))}
                 | {"trains": trained_units(phase, names, tensors), "predicted": peak}
@@ -62,6 +74,7 @@ def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], 
         words: list[dict[str, Any]] = [
             {w: r[w] for w in phase_words}
             | {"live": tuple(r["live"]), "step": Step(**r["step"]) if r["step"] else None}
+            | {p: tuple(tuple(pair.values()) for pair in r[p]) for p in ("levels", "again")}
             for r in rows
         ]
         phases = tuple(Phase(**w) for w in words)

@@ -16,8 +16,11 @@ from fedpipe.client import Client, Loop, batch_rows
 from fedpipe.config import Run
 from fedpipe.context import Ctx, PlanCtx
 from fedpipe.data.dataset import Dataset
+from fedpipe.errors import FedpipeError
 from fedpipe.memory.predictor import Predictor
 from fedpipe.models import chain as models
+from fedpipe.models import traits
+from fedpipe.recompute import Policy
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
@@ -70,7 +73,24 @@ class Runtime:
             lr=self.lr(round),
             samples=samples,
             aggregation=self.run.kernel("aggregate"),
+            norm=self.run.kernel("norm"),
         )
+
+    def levelled(self, plan: Plan) -> Plan:
+        """The plan, with the study's recomputation in phases that name none. FedpipeError where the model cannot."""
+        local = self.run.local
+        levels, ranges = tuple(local.levels.items()), tuple(local.again)
+        phases = tuple(p if p.levels or p.again else replace(p, levels=levels, again=ranges) for p in plan.phases)
+        for p in phases:
+            self._check(plan.model, Policy(p.levels, p.again))
+        return replace(plan, phases=phases)
+
+    @cache  # noqa: B019
+    def _check(self, settings: tuple[tuple[str, Any], ...], policy: Policy) -> None:
+        try:
+            traits.check(self.build(settings), policy)
+        except ValueError as e:
+            raise FedpipeError(f"model {self.run.model.name}: {e}") from None
 
     def lr(self, round: int) -> float:
         """Learning rate of a round: constant, or cosine to 0 over the run's rounds."""
@@ -100,19 +120,19 @@ class Runtime:
         client after another; layers that draw by themselves cannot be stacked at all.
         """
         chain = self.build()
-        if self.run.measure == "all" or models.draws(chain):
+        if self.run.measure == "all" or traits.drawing(chain):
             return 1
         if self.run.stack != "auto":
             return self.run.stack
         if self.device.type == "cuda":
             return 32
         size = sum(t.numel() * t.element_size() for t in chain.state_dict().values())
-        return 1 if models.has_conv(chain) else max(1, min(32, CACHE // size))
+        return 1 if traits.has_conv(chain) else max(1, min(32, CACHE // size))
 
     def stack_key(self, samples: int, plan: Plan) -> int:
         """Clients of equal keys may be stacked: equal samples where rows of a batch influence each other (padding
         would count), else about equal numbers of batches."""
-        if models.batch_coupled(self.chain(plan)):
+        if traits.batch_coupled(self.chain(plan)):
             return samples
         return (-(-samples // self.run.local.batch)).bit_length()
 

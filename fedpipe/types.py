@@ -82,6 +82,8 @@ class Phase:
     lr: float = 1.0  # factor on the round's learning rate
     carry: bool = False  # optimizer state of names that stay live goes on into the client's next phase
     step: Step | None = None  # None: the optimizer's
+    levels: tuple[tuple[str, int], ...] = ()  # (units, level of recomputation); with `again` empty: the study's
+    again: tuple[tuple[str, str], ...] = ()  # ranges of units, first and last, that run again in the backward
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton"]
-OPS = ("step", "topk", "bits", "sparse", "aggregate")
+OPS = ("step", "topk", "bits", "sparse", "aggregate", "norm")
 WORD = 32
 
 

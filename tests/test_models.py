@@ -6,7 +6,8 @@ from torch import nn
 
 from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
-from fedpipe.models.chain import Chain, batch_coupled, draws, has_conv, load, windows
+from fedpipe.models.chain import Chain, load, windows
+from fedpipe.models.traits import batch_coupled, drawing, has_conv
 from fedpipe.seeding import seeded
 
 IMAGE = (3, 16, 16)
@@ -134,7 +135,7 @@ def test_building_leaves_the_global_generator_and_repeats_itself() -> None:
 def test_what_a_chain_is_made_of() -> None:
     chain = build()
     before, weights = torch.get_rng_state(), {n: t.clone() for n, t in chain.state_dict().items()}
-    assert batch_coupled(chain) and has_conv(chain) and not draws(chain)
+    assert batch_coupled(chain) and has_conv(chain) and not drawing(chain)
     assert not batch_coupled(build(norm="group")) and not has_conv(build("mlp"))
 
     class Noise(nn.Module):
@@ -144,7 +145,7 @@ def test_what_a_chain_is_made_of() -> None:
     for unit, yes in [(nn.Dropout(0.5), True), (nn.Dropout(0.0), False), (Noise(), True)]:
         noisy = Chain([("stem", nn.Flatten()), ("a", unit), ("head", nn.LazyLinear(2))], (1, 2, 2))
         noisy(torch.zeros(2, 1, 2, 2))
-        assert draws(noisy) is yes
+        assert bool(drawing(noisy)) is yes
     torch.set_rng_state(before)
     assert all(torch.equal(t, weights[n]) for n, t in chain.state_dict().items())
 
@@ -187,7 +188,7 @@ def test_a_users_file_is_a_model(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
-        ("preresnet99", {}, "model preresnet99: unknown; known are cnn, mlp, preresnet20, or"),
+        ("preresnet99", {}, "model preresnet99: unknown; known are cnn, mlp, preresnet20, vit_tiny, or"),
         ("./absent.py:net", {}, "no file absent.py"),
         ("./mine.py", {}, "no file"),
         ("./mine.py:nett", {}, "mine.py: no function 'nett'; the file has .*net, wrong, odd, broken, bare"),

@@ -27,6 +27,7 @@ class Predictor:
         self.known: dict[str, int] = {}
 
     def peaks(self, plan: Plan) -> list[int]:
+        plan = self.runtime.levelled(plan)
         return [self._phase(replace(plan, phases=(phase,))) for phase in plan.phases]
 
     def remember(self, predictions: pa.Table) -> dict[float, int]:
@@ -76,5 +77,5 @@ class Predictor:
 def candidate(plan: Plan) -> str:
     """What the bytes of a one-phase plan depend on, as canonical text."""
     (phase,) = plan.phases
-    bare = Phase(live=phase.live, upto=phase.upto, step=phase.step)
+    bare = Phase(live=phase.live, upto=phase.upto, step=phase.step, levels=phase.levels, again=phase.again)
     return key(replace(plan, phases=(bare,), up=(), weight="", reply=plan.reply))

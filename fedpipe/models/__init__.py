@@ -3,5 +3,6 @@
 REGISTRY = {
     "preresnet20": "fedpipe.models.preresnet:preresnet20",
     "mlp": "fedpipe.models.small:mlp",
+    "vit_tiny": "fedpipe.models.vit:vit_tiny",
     "cnn": "fedpipe.models.small:cnn",
 }

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
 from fedpipe.models import REGISTRY
+from fedpipe.recompute import Policy, again
 from fedpipe.seeding import seeded
 from fedpipe.types import Window
 from fedpipe.userfile import load_attribute
@@ -65,16 +66,49 @@ class Chain(nn.Module):
                 module.training = mode
         return tuple(x.shape[1:])
 
-    def forward(self, x: Tensor, upto: str | None = None) -> Tensor:
+    def forward(self, x: Tensor, upto: str | None = None, policy: Policy | None = None) -> Tensor:
         """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run)."""
         if upto is not None and upto not in self.names:
             raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
-        name = self.names[0]
-        for name in self.names[:-1]:
-            x = self._modules[name](x)  # type: ignore[misc]
-            if name == upto:
-                break
-        return self._modules[self.names[-1]](self.link(x, name))  # type: ignore[misc]
+        units = list(self.names[: -1 if upto is None else self.names.index(upto) + 1])
+        if upto == self.names[-1]:
+            units.pop()
+        last = units[-1]
+        while units:
+            end = policy.end(units[0]) if policy else None
+            count = units.index(end) + 1 if end in units else len(units) if end else 1
+            x = self._again(units[:count], x) if end else self._unit(units[0], x, policy)
+            del units[:count]
+        return self._modules[self.names[-1]](self.link(x, last))  # type: ignore[misc]
+
+    def _unit(self, name: str, x: Tensor, policy: Policy | None) -> Tensor:
+        unit, level = self._modules[name], policy.level(name) if policy else 0
+        out: Tensor = unit(x, level=level, backend=policy.backend) if policy and level else unit(x)  # type: ignore[misc]
+        return out
+
+    def _again(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """Units that run again in the backward; their buffers change once, by what the forward made of copies."""
+        units = [self.get_submodule(n) for n in names]
+        parts = [[*u.named_parameters()] for u in units]
+        states = [[(n, b) for n, b in u.named_buffers()] for u in units]
+
+        def run(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            given, changed = iter(tensors), list[Tensor]()
+            for unit, part, state in zip(units, parts, states, strict=True):
+                values = {n: next(given) for n, _ in part}
+                copies = {n: next(given).clone() for n, _ in state}
+                x = torch.func.functional_call(unit, {**values, **copies}, (x,))
+                changed += copies.values()
+            return x, *changed
+
+        pairs = zip(parts, states, strict=True)
+        # buffers are given as copies: what is saved of them must not change with them
+        own = (t for part, state in pairs for t in [*(p for _, p in part), *(b.clone() for _, b in state)])
+        x, *changed = again(run, x, *own)
+        with torch.no_grad():
+            for (_, buffer), new in zip((b for state in states for b in state), changed, strict=True):
+                buffer.copy_(new)
+        return x
 
     def link(self, x: Tensor, unit: str) -> Tensor:
         """Bring the output of `unit` to the head's input shape without parameters.
@@ -154,28 +188,3 @@ def windows(full: Chain, slim: Chain) -> tuple[Window, ...]:
             raise FedpipeError(f"model/{name}: {list(t.shape)} is no part of the full model's {list(big)}")
         found += [Window(f"model/{name}", d, 0, s) for d, s in enumerate(t.shape) if s != big[d]]
     return tuple(found)
-
-
-@torch.no_grad()
-def draws(chain: Chain) -> bool:
-    """Whether a training forward draws random numbers by itself (dropout and its kin), found by running one."""
-    zeros = {n: torch.zeros_like(t, device="cpu") for n, t in [*chain.named_parameters(), *chain.named_buffers()]}
-    dtype = next((t.dtype for t in zeros.values() if t.is_floating_point()), torch.float32)
-    mode = chain.training
-    chain.train()
-    with seeded(0):
-        before = torch.default_generator.get_state()
-        torch.func.functional_call(chain, zeros, (torch.zeros(2, *chain.shape, dtype=dtype),))
-        moved = not torch.equal(before, torch.default_generator.get_state())
-    chain.train(mode)
-    return moved
-
-
-def batch_coupled(chain: Chain) -> bool:
-    """Whether rows of a batch influence each other: batch normalisation with statistics of the batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in chain.modules())
-
-
-def has_conv(chain: Chain) -> bool:
-    """Whether the chain convolves: batching models of many clients then becomes a grouped convolution."""
-    return any(isinstance(m, nn.modules.conv._ConvNd) for m in chain.modules())

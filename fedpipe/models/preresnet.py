@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpipe.errors import FedpipeError
+from fedpipe.kernels.common import Backend
+from fedpipe.models.norms import norm_relu
+from fedpipe.recompute import Conv, ConvAndShortcut
 
 Norm = Literal["batch", "group"]
 
@@ -55,7 +58,12 @@ class Stem(nn.Module):
 
 
 class Block(nn.Module):
-    """h = relu(norm1(x)); conv2(relu(norm2(conv1(h)))) + shortcut(h): [batch, C, H, W] -> [batch, out, H/s, W/s]."""
+    """h = relu(norm1(x)); conv2(relu(norm2(conv1(h)))) + shortcut(h): [batch, C, H, W] -> [batch, out, H/s, W/s].
+
+    Saved for the backward are both norms' inputs and outputs; at level 1 their inputs alone.
+    """
+
+    levels = (0, 1)
 
     def __init__(self, inward: int, out: int, stride: int, norm: Norm, scale: float) -> None:
         super().__init__()
@@ -67,7 +75,13 @@ class Block(nn.Module):
         # stride and not the widths decides, so that every width has the same tensors
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inward, out, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, level: int = 0, backend: Backend = "auto") -> Tensor:
+        if level:
+            short = [] if isinstance(self.shortcut, nn.Identity) else [self.shortcut.weight]
+            first, second = ConvAndShortcut(self.conv1.stride[0]), Conv()
+            out, h = norm_relu(self.norm1, self.scaler(x), first, (self.conv1.weight, *short), backend)
+            (out,) = norm_relu(self.norm2, self.scaler(out), second, (self.conv2.weight,), backend)
+            return out + h
         h = F.relu(self.norm1(self.scaler(x)))
         out = self.conv1(h)
         return self.conv2(F.relu(self.norm2(self.scaler(out)))) + self.shortcut(h)

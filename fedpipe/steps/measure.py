@@ -55,7 +55,9 @@ def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | Non
     """The method's plan for a row (by default the whole model, if it fits), and without one the bytes it would need."""
     ctx = rt.plan_ctx(row, round if rt.method.by_round else None)
     plan = rt.method.plan(ctx) if rt.method.plan else ctx.if_fits(Plan())
-    return plan, None if plan or not ctx.refused else ctx.refused[-1]
+    if plan is None:
+        return None, ctx.refused[-1] if ctx.refused else None
+    return rt.levelled(plan), None
 
 
 def width_bytes(rt: Runtime, width: float) -> int:

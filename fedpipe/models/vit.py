@@ -1,0 +1,118 @@
+"""ViT-Tiny (arXiv 2010.11929; the sizes of timm's vit_tiny: width 192, 12 layers, 3 heads) with patches of 4.
+
+Pre-norm layers, a class token, learnt positions, exact GELU; the head normalises the class token and classifies it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpipe.errors import FedpipeError
+from fedpipe.kernels.common import Backend
+from fedpipe.recompute import Linear, Pure, rebuilt
+
+EPS = 1e-6
+
+
+class Embed(nn.Module):
+    """Patches as tokens behind a class token, with positions: [batch, C, H, W] -> [batch, 1 + patches, dim]."""
+
+    def __init__(self, shape: tuple[int, int, int], patch: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(shape[0], dim, patch, patch)
+        self.token = nn.Parameter(torch.randn(1, 1, dim) * 1e-6)
+        self.positions = nn.Parameter(torch.empty(1, 1 + shape[1] // patch * (shape[2] // patch), dim))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+
+
+class Layer(nn.Module):
+    """x + proj(attention(qkv(norm1(x)))), then y + fc2(gelu(fc1(norm2(y)))): [batch, tokens, dim] to the same.
+
+    In units of x, 16 are saved for the backward: x, norm1, qkv (3), attention, y, norm2, fc1 (4), gelu (4). Level 1
+    builds both norms and the GELU again, and saves 10; level 2 fc1 too, by its product, and saves 6.
+    """
+
+    levels = (0, 1, 2)
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        for linear in (self.qkv, self.proj, self.fc1, self.fc2):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, level: int = 0, backend: Backend = "auto") -> Tensor:
+        if level:
+            (qkv,) = rebuilt(Pure(layer_norm), Linear(), x, _of(self.norm1), _of(self.qkv))
+        else:
+            qkv = self.qkv(self.norm1(x))
+        x = x + self.proj(self.attention(qkv))
+        return x + self.mlp(x, level)
+
+    def attention(self, qkv: Tensor) -> Tensor:
+        b, t, d = qkv.shape
+        q, k, v = qkv.view(b, t, 3, self.heads, d // 3 // self.heads).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d // 3)
+
+    def mlp(self, x: Tensor, level: int) -> Tensor:
+        if not level:
+            out: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        elif level == 1:
+            (hidden,) = rebuilt(Pure(layer_norm), Linear(), x, _of(self.norm2), _of(self.fc1))
+            (out,) = rebuilt(Pure(F.gelu), Linear(), hidden, (), _of(self.fc2))
+        else:
+            (out,) = rebuilt(Pure(up), Linear(), x, (*_of(self.norm2), *_of(self.fc1)), _of(self.fc2))
+        return out
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, EPS)
+
+
+def up(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """The wide half of the MLP."""
+    return F.gelu(F.linear(layer_norm(x, weight, bias), w, b))
+
+
+def _of(module: nn.LayerNorm | nn.Linear) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias
+
+
+class Head(nn.Module):
+    """linear(norm(class token)): [batch, tokens, dim] -> [batch, classes]."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, EPS)
+        self.linear = nn.Linear(dim, classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x[:, 0]))
+
+
+def vit_tiny(
+    shape: tuple[int, int, int], classes: int, patch: int = 4, depth: int = 12, dim: int = 192, heads: int = 3
+) -> list[tuple[str, nn.Module]]:
+    """Units stem, b1 .. b<depth>, head for images (C, H, W) of whole patches; 5,362,762 parameters for 3x32x32 and 10.
+
+    A layer has 444,864 parameters and an MLP four times as wide as dim, which heads divide.
+    """
+    if shape[1] % patch or shape[2] % patch:
+        raise FedpipeError(
+            f"model vit_tiny: images of {shape[1]}x{shape[2]}; wanted sides that patches of {patch} divide"
+        )
+    if depth < 1 or dim % heads:
+        raise FedpipeError(
+            f"model vit_tiny: depth {depth}, dim {dim}, heads {heads}; wanted depth >= 1 and heads | dim"
+        )
+    layers = [(f"b{k}", Layer(dim, heads, 4 * dim)) for k in range(1, depth + 1)]
+    return [("stem", Embed(shape, patch, dim)), *layers, ("head", Head(dim, classes))]
