@@ -26,6 +26,38 @@ def test_preresnet20_has_the_published_number_of_parameters(classes: int, count:
     assert chain.buffer_names == () and all(n.split(".")[0] in chain.names for n in chain.tensor_names)
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "units", "body", "head"),
+    [
+        ("mobilenet", 100, 13, 3_206_976, 102_500),
+        ("cnn4", 10, 3, 113_088, 2_570),
+        ("resnet18", 10, 8, 11_168_832, 5_130),
+        ("resnet34", 10, 16, 21_276_992, 5_130),
+    ],
+)
+def test_networks_have_the_published_sizes(name: str, classes: int, units: int, body: int, head: int) -> None:
+    """MobileNet and the four-convolution network as FedBABU counts them; the ResNets with a 3x3 stem."""
+    chain = build(name, shape=(3, 32, 32), classes=classes)
+    assert chain.names == ("stem", *(f"b{k}" for k in range(1, units + 1)), "head")
+    sizes = {u: sum(p.numel() for p in chain.get_submodule(u).parameters()) for u in chain.names}
+    assert (sum(sizes.values()) - sizes["head"], sizes["head"]) == (body, head)
+
+
+@pytest.mark.parametrize("name", ["mobilenet", "cnn4", "resnet18"])
+def test_networks_train_narrow_cut_short_and_whole(name: str) -> None:
+    full, slim = build(name), build(name, width=0.25, scale=0.25)
+    held = windows(full, slim)
+    assert {w.start for w in held} == {0} and all(w.stop < full.state_dict()[w.name[6:]].shape[w.dim] for w in held)
+    x = torch.randn(4, *IMAGE, generator=torch.Generator().manual_seed(1))
+    for chain in (full, slim):
+        chain.train()
+        for upto in (None, "b1"):
+            chain.zero_grad()
+            chain(x, upto=upto).square().sum().backward()
+            assert chain.stem.get_parameter(next(n for n, _ in chain.stem.named_parameters())).grad.abs().max() > 0
+    assert bool(full.buffer_names) == (name == "resnet18")
+
+
 def test_preresnet20_starts_as_published_and_adds_the_rectified_input() -> None:
     chain = build()
     state = chain.state_dict()
@@ -188,7 +220,11 @@ def test_a_users_file_is_a_model(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
-        ("preresnet99", {}, "model preresnet99: unknown; known are cnn, mlp, preresnet20, vit_tiny, or"),
+        (
+            "preresnet99",
+            {},
+            "model preresnet99: unknown; known are cnn, cnn4, mlp, mobilenet, .*, or",
+        ),
         ("./absent.py:net", {}, "no file absent.py"),
         ("./mine.py", {}, "no file"),
         ("./mine.py:nett", {}, "mine.py: no function 'nett'; the file has .*net, wrong, odd, broken, bare"),
@@ -199,7 +235,7 @@ def test_a_users_file_is_a_model(tmp_path, monkeypatch) -> None:
         ("./mine.py:odd", {}, "unit name 'stem': wanted distinct names"),
         ("./mine.py:broken", {}, "unit a does not take the output before it"),
         ("preresnet20", {"width": 1.5}, "width: 1.5 is not in"),
-        ("preresnet20", {"norm": "none"}, "norm: 'none'; wanted batch or group"),
+        ("preresnet20", {"norm": "none"}, "norm: 'none'; wanted batch, running or group"),
     ],
 )
 def test_errors_are_one_line(tmp_path, monkeypatch, name: str, extra: dict, message: str) -> None:

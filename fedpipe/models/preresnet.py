@@ -15,7 +15,7 @@ from fedpipe.kernels.common import Backend
 from fedpipe.models.norms import norm_relu
 from fedpipe.recompute import Conv, ConvAndShortcut
 
-Norm = Literal["batch", "group"]
+Norm = Literal["batch", "running", "group"]
 
 
 class Scaler(nn.Module):
@@ -36,12 +36,15 @@ def channels(count: int, width: float) -> int:
     return math.ceil(round(width * count, 9))
 
 
-def _norm(kind: Norm, count: int) -> nn.Module:
+def norm_layer(kind: Norm, count: int) -> nn.Module:
+    """A norm of `count` channels: by the batch, by the batch with running statistics for evaluation, or by groups."""
     if kind == "batch":
         return nn.BatchNorm2d(count, track_running_stats=False)
+    if kind == "running":
+        return nn.BatchNorm2d(count)
     if kind == "group":
         return nn.GroupNorm(math.gcd(4, count), count)
-    raise FedpipeError(f"norm: {kind!r}; wanted batch or group")
+    raise FedpipeError(f"norm: {kind!r}; wanted batch, running or group")
 
 
 class Stem(nn.Module):
@@ -51,7 +54,7 @@ class Stem(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(inward, out, 3, padding=1, bias=False)
         self.scaler = Scaler(scale)
-        self.norm = _norm(norm, out)
+        self.norm = norm_layer(norm, out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.scaler(self.conv(x)))
@@ -68,9 +71,9 @@ class Block(nn.Module):
     def __init__(self, inward: int, out: int, stride: int, norm: Norm, scale: float) -> None:
         super().__init__()
         self.scaler = Scaler(scale)
-        self.norm1 = _norm(norm, inward)
+        self.norm1 = norm_layer(norm, inward)
         self.conv1 = nn.Conv2d(inward, out, 3, stride, padding=1, bias=False)
-        self.norm2 = _norm(norm, out)
+        self.norm2 = norm_layer(norm, out)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
         # stride and not the widths decides, so that every width has the same tensors
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inward, out, 1, stride, bias=False)
@@ -93,7 +96,7 @@ class Head(nn.Module):
     def __init__(self, inward: int, classes: int, norm: Norm, scale: float) -> None:
         super().__init__()
         self.scaler = Scaler(scale)
-        self.norm = _norm(norm, inward)
+        self.norm = norm_layer(norm, inward)
         self.linear = nn.Linear(inward, classes)
         nn.init.zeros_(self.linear.bias)
 
