@@ -76,3 +76,4 @@ class Variant:
     warps: int = 4
     aligned: tuple[str, ...] = ()
     streaming: bool = True
+    options: dict[str, Any] = field(default_factory=dict)  # of the compiler

@@ -96,6 +96,11 @@ def test_storages_are_counted_once_and_as_long_as_they_live() -> None:
         ("preresnet20", 32, {}, {"upto": "b7", "live": "b7 head"}),
         ("mlp", 16, {}, {"adam": True}),
         ("cnn", 32, {}, {}),
+        ("cnn4", 16, {}, {"adam": True}),
+        ("mobilenet", 16, {}, {}),
+        ("mobilenet", 64, {}, {"upto": "b1", "live": "stem b1 head"}),
+        ("resnet18", 8, {"norm": "batch"}, {"upto": "b4", "live": "b3 b4 head"}),
+        ("vit_tiny", 16, {"depth": 3}, {"adam": True}),
     ],
 )
 def test_a_prediction_is_within_one_percent_of_the_allocators_peak(
@@ -103,6 +108,24 @@ def test_a_prediction_is_within_one_percent_of_the_allocators_peak(
 ) -> None:
     predicted, measured = predicted_and_measured(chain_of(name, **extra), batch, **run)
     assert abs(predicted / measured - 1) < 0.01, (predicted, measured)
+
+
+@pytest.mark.parametrize(("batch", "channels", "stride", "side"), [(16, 512, 1, 4), (48, 94, 2, 16), (8, 1024, 1, 2)])
+def test_a_filter_per_channel_is_predicted(batch: int, channels: int, stride: int, side: int) -> None:
+    """A depthwise convolution blocks its filters, not their one channel; on images smaller than them it copies none."""
+    w = torch.randn(channels, 1, 3, 3)
+    geometry = ([stride, stride], [1, 1], [1, 1], False, [0, 0], channels)
+
+    def both(at: Tensors) -> None:
+        x = at["x"]
+        y = torch.ops.aten.convolution(x, at["w"], None, *geometry)
+        torch.ops.aten.convolution_backward(y, x, at["w"], None, *geometry, [True, True, False])
+
+    at = {"x": torch.randn(batch, channels, side, side), "w": w}
+    both(at)
+    with Peak(at.values()) as peak:
+        both(at)
+    assert traced_peak(both, at) == pytest.approx(peak.bytes, rel=1e-3)
 
 
 def test_float64_unfolds_columns() -> None:

@@ -52,7 +52,14 @@ def _blocked(t: Tensor, block: int = BLOCK) -> int:
     return t.shape[0] * _fill(t.shape[1], block) * prod(t.shape[2:]) * t.element_size()
 
 
+def _depthwise(w: Tensor, groups: int) -> bool:
+    """Whether every channel has filters of its own: they are what is blocked then."""
+    return groups > 1 and groups == w.shape[0] and w.shape[1] == 1
+
+
 def _blocked_weight(w: Tensor, groups: int) -> int:
+    if _depthwise(w, groups):
+        return _fill(groups) * prod(w.shape[2:]) * w.element_size()
     return groups * _fill(w.shape[0] // groups) * _fill(w.shape[1]) * prod(w.shape[2:]) * w.element_size()
 
 
@@ -73,7 +80,7 @@ def _onednn_backward(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], gr
     weight, kept = _blocked_weight(w, groups), x.nbytes if mask[0] else 0
     to_x = to_w = 0
     if mask[0]:
-        strided = max(geometry[0]) > 1
+        strided = max(geometry[0]) > 1 and not _depthwise(w, groups)
         made = x.nbytes if strided else _blocked(x)
         read = grad.nbytes + STRIDED if strided else _blocked(grad)
         to_x = max(read + weight + made, (1 + strided) * made + kept)
@@ -83,6 +90,8 @@ def _onednn_backward(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], gr
         read = 0 if filters and inward <= PLAIN else _blocked(x, HALF if narrow else BLOCK)
         read += _blocked(grad, HALF if narrow and out <= HALF else BLOCK)
         to_w = kept + max(read + weight + _gathered(x, w, grad, geometry), weight + w.nbytes)
+        if _depthwise(w, groups) and any(a < b for a, b in zip(x.shape[2:], w.shape[2:], strict=True)):
+            to_w = kept + 5 * weight + 400  # images smaller than the filters are read as they are
     return max(to_x, to_w)
 
 

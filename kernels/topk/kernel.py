@@ -114,6 +114,7 @@ def cut(task: Task, bracket: Tensor) -> Cut:
         task.x.view(task.dtype), bracket, at.starts, at.first, sure, undecided, counts, ties, filled,
         values.view(task.dtype), offsets, n, words(n), slots, segments,
         W=TILE, CAP=cap, SEGMENTED=segments > 1, WIDE=n >= 2**31, num_warps=split.WARPS,
+        **(split.LIMIT if segments > 1 else {}),
     )  # fmt: skip
     return Cut(sure, undecided, counts, ties, filled, values, offsets, cap)
 

@@ -14,6 +14,8 @@ from fedpipe.kernels.bits.kernel import ones, tile
 
 TILE = 128  # words of a tile: 4,096 entries
 WARPS = 4
+# of a tile of several segments: older compilers take 80 registers where 64 do, this one spills where it may not
+LIMIT = {"maxnreg": 64} if int(triton.__version__.split(".")[1]) < 8 else {}
 
 
 @triton.jit
@@ -23,11 +25,16 @@ def below(i):
 
 
 @triton.jit
+def within(entry, W: tl.constexpr):
+    """An entry's number in a tile of W words, as 32 bits; 0 before it and W * 32 behind."""
+    return tl.minimum(tl.maximum(entry, 0), W * 32).to(tl.int32)
+
+
+@triton.jit
 def clip(start, end, W: tl.constexpr):
     """The bits of W words that stand for entries from start up to end, both counted from the first word's first."""
     entry = tl.arange(0, W) * 32
-    a = tl.minimum(tl.maximum(start, 0), W * 32).to(tl.int32) - entry
-    b = tl.minimum(tl.maximum(end, 0), W * 32).to(tl.int32) - entry
+    a, b = within(start, W) - entry, within(end, W) - entry
     return below(tl.minimum(tl.maximum(b, 0), 32)) & ~below(tl.minimum(tl.maximum(a, 0), 32))
 
 
@@ -47,15 +54,15 @@ def piece(
     """Words of a tile's entries of one segment above its bracket and in it, and the number of these."""
     raw = tl.load(x + local, mask=local < inside_n, other=0.0)  # on its way while the segment is looked up
     low, high = tl.load(bracket + (row * segments + s) * 2), tl.load(bracket + (row * segments + s) * 2 + 1)
-    start, end = begin * 0, begin * 0 + n
+    start, end = 0, within(n - begin, W)
     if SEGMENTED:
-        start, end = tl.load(starts + s), tl.load(starts + s + 1)
+        start, end = within(tl.load(starts + s) - begin, W), within(tl.load(starts + s + 1) - begin, W)
     v = tl.abs(raw.to(tl.float32))
     one = (tl.full([32], 1, tl.int32) << tl.arange(0, 32))[None, :]
     above = tl.sum(tl.where(v > number(high, raw), one, 0), axis=1)
     reached = tl.sum(tl.where(v < number(low, raw), 0, one), axis=1)
-    if (start > begin) | (end < begin + W * 32):
-        inside = clip(start - begin, end - begin, W)
+    if (start > 0) | (end < W * 32):
+        inside = clip(start, end, W)
         above &= inside
         reached &= inside
     reached &= ~above

@@ -1,5 +1,6 @@
 """Each kernel of Top-K as it is compiled for the common cases, for a test without a GPU."""
 
+from dataclasses import replace
 from typing import Any
 
 from fedpipe.kernels.common import Variant
@@ -35,7 +36,9 @@ def _family(name: str, floats: str, element: str, bits: dict[str, int], many: bo
     tiles = {**common, "W": split.TILE, "CAP": 128, "EACH": collect.LANES // 128, "FEW": collect.FEW}
     big = {**common, "W": split.TILE * place.EACH, "EACH": place.EACH}
     return {
-        f"split {name}": variant(split.split_kernel, floats, split.WARPS, tiles, True),
+        f"split {name}": replace(
+            variant(split.split_kernel, floats, split.WARPS, tiles, True), options=split.LIMIT if many else {}
+        ),
         f"collect {name}": variant(collect.collect_kernel, element, 4, tiles),
         f"pick {name}": variant(settle.pick_kernel, element, 8, common),
         f"decide {name}": variant(settle.decide_kernel, element, 8, common),

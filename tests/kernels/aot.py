@@ -37,7 +37,9 @@ def built(variant: Variant, sm: int) -> dict[str, object]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
     aligned |= {(names.index(n),): [["tt.divisibility", 16]] for n in variant.aligned}
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps})
+    made = triton.compile(
+        source, target=GPUTarget("cuda", sm, 32), options={"num_warps": variant.warps, **variant.options}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
