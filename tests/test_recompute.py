@@ -1,6 +1,7 @@
 """Recomputation: what is saved is counted, what comes out is equal, to the bit where the arithmetic is the same."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,19 @@ def play(tmp: Path, method: Any, model: dict[str, Any], stack: int, local: dict[
 CNN, VIT = {"name": "preresnet20", "width": 0.25}, {"name": "vit_tiny", "depth": 3, "dim": 12}
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedepth"])
+TWO_BLOCKS = """
+from dataclasses import replace
+from fedpipe.methods import fedepth
+from fedpipe.types import Plan
+
+def plan(ctx):
+    return Plan(phases=fedepth.phases(ctx, [ctx.units[:2], ctx.units[2:]]))
+
+method = replace(fedepth.method, plan=plan)
+"""
+
+
+@pytest.mark.parametrize(("method", "phases"), [("fedavg", 1), ("two_blocks", 2)])
 @pytest.mark.parametrize(
     ("model", "locals_"),
     [
@@ -253,11 +266,14 @@ CNN, VIT = {"name": "preresnet20", "width": 0.25}, {"name": "vit_tiny", "depth":
     ids=["preresnet20", "vit_tiny"],
 )
 def test_whole_runs_end_in_the_same_state(
-    method: str, model: dict[str, Any], locals_: list[dict[str, Any]], tmp_path: Path
+    method: str, phases: int, model: dict[str, Any], locals_: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """At every level, one client after another and stacked; FedEPTH with room for less than the whole."""
+    """At every level, one client after another and stacked; FeDepth's by blocks that no prediction changes."""
+    (tmp_path / "two_blocks.py").write_text(TWO_BLOCKS)
+    method = f"{tmp_path / 'two_blocks.py'}:method" if method == "two_blocks" else method
     for stack in (1, 4):
         plain = play(tmp_path, method, model, stack, {})
+        assert read_table(plain.paths.plans).num_rows == phases
         assert plain.largest_group == (4 if stack > 1 else 1)
         for local in locals_:
             assert equal(plain.state, play(tmp_path, method, model, stack, local).state)
@@ -276,6 +292,14 @@ def test_budgets_hold_more_at_a_level(tmp_path: Path) -> None:
     (plan,) = plans.values()
     assert all(p.levels == (("b*", 1),) and p.again == () for p in plan.phases)
     assert max(predicted.values()) <= 4 * 2**20
+
+
+def test_a_study_chooses_what_levels_run_by(tmp_path: Path) -> None:
+    for kernels, backend in (({}, "auto"), ({"norm": "reference"}, "reference"), ("reference", "reference")):
+        game = play(tmp_path, "fedavg", CNN, 1, {"levels": {"b*": 1}}, rounds=1, kernels=kernels)
+        phase = game.opened.plans["p0"].phases[0]
+        policy = replace(game.opened.rt.ctx(), phase=phase)._policy()
+        assert policy == Policy((("b*", 1),), (), backend)  # type: ignore[arg-type]
 
 
 def test_a_phase_says_its_own_levels(tmp_path: Path) -> None:

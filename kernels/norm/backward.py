@@ -10,6 +10,17 @@ from fedpipe.kernels.norm.forward import affine, tile
 
 
 @triton.jit
+def centred(x, dh, t, m, r, weight, bias, rows, inner, hw, per_client, groups, ROWS: tl.constexpr,
+            BLOCK: tl.constexpr, GROUPED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Of a tile: x less its mean, dh where ReLU let it through, the weight; where they are, and which of them are."""
+    row, at, inside = tile(t, rows, inner, hw, ROWS, BLOCK, WIDE)
+    w, b = affine(weight, bias, row, rows, per_client, groups, GROUPED)
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m
+    d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
+    return v, tl.where(v * (r * w) + b <= 0, 0.0, d), w, at, inside
+
+
+@triton.jit
 def sums_kernel(x, dh, sums, mean, rstd, weight, bias, rows, inner, units, each, per_client, groups,
                 UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUPED: tl.constexpr,
                 WIDE: tl.constexpr):  # fmt: skip
@@ -23,11 +34,9 @@ def sums_kernel(x, dh, sums, mean, rstd, weight, bias, rows, inner, units, each,
     first = tl.zeros([ROWS, BLOCK], tl.float32)
     second = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in range(each):
-        row, at, inside = tile(p * each + i, rows, inner, hw, ROWS, BLOCK, WIDE)
-        w, b = affine(weight, bias, row, rows, per_client, groups, GROUPED)
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m
-        d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.where(v * (r * w) + b <= 0, 0.0, d)
+        v, d, _, _, _ = centred(
+            x, dh, p * each + i, m, r, weight, bias, rows, inner, hw, per_client, groups, ROWS, BLOCK, GROUPED, WIDE
+        )
         first += d
         second += d * v
     if GROUPED:
@@ -73,9 +82,7 @@ def dx_kernel(x, dh, dx, sums, dweight, dbias, mean, rstd, weight, bias, count, 
     first /= n
     second = second / n * r
     for j in range(each):
-        row, at, inside = tile(p * each + j, rows, inner, hw, ROWS, BLOCK, WIDE)
-        w, b = affine(weight, bias, row, rows, per_client, groups, GROUPED)
-        v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) - m
-        d = tl.load(dh + at, mask=inside, other=0.0).to(tl.float32)
-        d = tl.where(v * (r * w) + b <= 0, 0.0, d)
+        v, d, w, at, inside = centred(
+            x, dh, p * each + j, m, r, weight, bias, rows, inner, hw, per_client, groups, ROWS, BLOCK, GROUPED, WIDE
+        )
         tl.store(dx + at, r * (d * w - first - v * second), mask=inside)

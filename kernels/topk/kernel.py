@@ -98,7 +98,6 @@ class Cut:
     filled: Tensor
     values: Tensor
     offsets: Tensor
-    cap: int
 
 
 def cut(task: Task, bracket: Tensor) -> Cut:
@@ -116,7 +115,7 @@ def cut(task: Task, bracket: Tensor) -> Cut:
         W=TILE, CAP=cap, SEGMENTED=segments > 1, WIDE=n >= 2**31, num_warps=split.WARPS,
         **(split.LIMIT if segments > 1 else {}),
     )  # fmt: skip
-    return Cut(sure, undecided, counts, ties, filled, values, offsets, cap)
+    return Cut(sure, undecided, counts, ties, filled, values, offsets)
 
 
 def tried(task: Task, bracket: Tensor, threshold: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -128,11 +127,11 @@ def tried(task: Task, bracket: Tensor, threshold: Tensor) -> tuple[Tensor, int, 
     flags, listed, totals, bins = zeroed.split((1, groups, 2 * groups, groups << log))
     keys = task.empty(rows * at.room, dtype=task.x.dtype)
     places = task.empty(rows * at.room, dtype=torch.int64 if n >= 2**31 else torch.int32)
-    each = LANES // c.cap
+    each = LANES // task.cap
     collect.collect_kernel[(-(-at.tiles // each), rows)](
         task.x, c.undecided, bracket, at.starts, at.first, at.rooms, c.counts, c.filled, c.values, c.offsets, totals,
         bins, flags, keys, places, n, words(n), at.tiles, slots, segments, **task.bits,
-        W=TILE, EACH=each, CAP=c.cap, LOG=log, FEW=FEW, SEGMENTED=segmented,
+        W=TILE, EACH=each, CAP=task.cap, LOG=log, FEW=FEW, SEGMENTED=segmented,
     )  # fmt: skip
     plan, found, following = task.empty(groups, 3), task.empty(groups, 3), torch.empty_like(bracket)
     list_keys, list_places = task.empty(groups << log, dtype=torch.int32), task.empty(groups << log)

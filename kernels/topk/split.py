@@ -14,8 +14,8 @@ from fedpipe.kernels.bits.kernel import ones, tile
 
 TILE = 128  # words of a tile: 4,096 entries
 WARPS = 4
-# of a tile of several segments: older compilers take 80 registers where 64 do, this one spills where it may not
-LIMIT = {"maxnreg": 64} if int(triton.__version__.split(".")[1]) < 8 else {}
+# Of a tile of several segments: compilers before 3.8 take 80 registers where 64 do; that of 3.9 spills under a limit.
+LIMIT = {"maxnreg": 64} if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8) else {}
 
 
 @triton.jit

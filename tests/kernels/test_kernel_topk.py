@@ -169,10 +169,29 @@ def test_too_many_candidates(attempts: list[int], monkeypatch: pytest.MonkeyPatc
     assert attempts[0] == AGAIN.value and not attempts[1] & AGAIN.value
 
 
+def test_tiles_with_too_many_for_their_slots(attempts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read again, in the same attempt."""
+    monkeypatch.setattr(kernel, "LANES", 64)
+    x = torch.randn(2, 9_001, device=DEVICE)
+    asked: list[tuple[int, int]] = []
+    real = kernel.cut
+
+    def cut(task: kernel.Task, bracket: Tensor) -> kernel.Cut:
+        made = real(task, bracket)
+        asked.append((task.cap, int(made.filled.max())))
+        return made
+
+    monkeypatch.setattr(kernel, "cut", cut)
+    check(x, [500, 300], [5_000, 4_001])
+    check(x[0], 900)
+    assert not any(attempts) and all(cap == 64 < most for cap, most in asked)
+
+
 def test_a_bin_with_too_many(attempts: list[int]) -> None:
     """A value that many share, in the midst of a bracket, and many values that are close: candidates are read again."""
     x = torch.randn(60_000, device=DEVICE)
     x[torch.rand_like(x) < 0.02] = 1.7
+    assert int((x == 1.7).sum()) > 2**9  # more than are listed
     check(x, int((x.abs() > 1.7).sum()) + 300)
     x[: len(x) // 2] += torch.rand(len(x) // 2, device=DEVICE) * 1e-6
     check(x, int((x.abs() > 1.7).sum()) - 300)
