@@ -2,7 +2,7 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +40,23 @@ def describe(run: Run) -> str:
     what = torch.cuda.get_device_name() if kind == "cuda" else torch.backends.cpu.get_cpu_capability()
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
-    return f"{versions}, {kind} {what}, onednn {isa}, threads {run.threads}, {run.precision}"
+    kernels = f", liger {_liger()}" if kind == "cuda" else ""
+    return f"{versions}, {kind} {what}{kernels}, onednn {isa}, threads {run.threads}, {run.precision}"
+
+
+def _liger() -> str:
+    try:
+        return version("liger-kernel")
+    except PackageNotFoundError:
+        return "none"
 
 
 def host() -> str:
     """What decides bits as far as it is known without torch: keeps apart, in a cache, what other machines have made."""
     kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "asimd", "sve") if k in _flags()]
     versions = " ".join(f"{p} {version(p)}" for p in ("torch", "numpy"))
-    return f"{versions}, {platform.machine()} {' '.join(kinds)}{', cuda' if Path('/dev/nvidia0').exists() else ''}"
+    cuda = f", cuda, liger {_liger()}" if Path("/dev/nvidia0").exists() else ""
+    return f"{versions}, {platform.machine()} {' '.join(kinds)}{cuda}"
 
 
 def _flags() -> set[str]:

@@ -1,4 +1,4 @@
-"""Norm, ReLU, then a convolution: of the three only the norm's input is saved."""
+"""Norm, ReLU, then a convolution: of the three only the norm's input is saved. Layer norm by liger's kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpipe.kernels import liger
 from fedpipe.kernels import norm as kernels
 from fedpipe.kernels.common import Backend, chosen
 from fedpipe.recompute import Cheap, Dims, Last, Pull, Pure, mapped, rebuilt
@@ -39,6 +40,43 @@ class _Call(torch.autograd.Function):
 def _every(t: Tensor, has: bool, clients: int) -> Tensor:
     """A tensor with a client axis, given to all of them where it has none."""
     return t if has else t.expand(clients, *t.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """y, and the statistics backward needs; of a stack in one call, whose weights have a client axis or none."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return liger.layer_norm(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        x, *own = (t if d is None else t.movedim(d, 0) for t, d in zip((x, weight, bias), in_dims[:3], strict=True))
+        has = [d is not None for d in in_dims[:3]]
+        if any(has[1:]):
+            own = [_every(t, h, info.batch_size) for t, h in zip(own, has[1:], strict=True)]
+        return _LayerNorm.apply(_every(x, has[0], info.batch_size), *own, eps), (0, 0, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        x, weight, mean, rstd = ctx.saved_tensors
+        return *_Call.apply(liger.layer_norm_backward, grad, x, mean, rstd, weight), None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: Backend) -> Tensor:
+    """Layer norm of x [..., dim] by weight and bias [dim]: liger's where it runs (`liger.runs`), torch's elsewhere.
+
+    Liger's is differentiable once.
+    """
+    if not liger.runs(backend, x):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    out: Tensor = _LayerNorm.apply(x, weight, bias, eps)[0]
+    return out
 
 
 @dataclass(frozen=True)

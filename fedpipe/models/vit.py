@@ -3,15 +3,20 @@
 Pre-norm layers, a class token, learnt positions, exact GELU; the head normalises the class token and classifies it.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpipe.errors import FedpipeError
 from fedpipe.kernels.common import Backend
+from fedpipe.models.norms import layer_norm
 from fedpipe.recompute import Linear, Pure, rebuilt
 
 EPS = 1e-6
+Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x by weight and bias
 
 
 class Embed(nn.Module):
@@ -33,7 +38,8 @@ class Layer(nn.Module):
     """x + proj(attention(qkv(norm1(x)))), then y + fc2(gelu(fc1(norm2(y)))): [batch, tokens, dim] to the same.
 
     In units of x, 16 are saved for the backward: x, norm1, qkv (3), attention, y, norm2, fc1 (4), gelu (4). Level 1
-    builds both norms and the GELU again, and saves 10; level 2 fc1 too, by its product, and saves 6.
+    builds both norms and the GELU again, and saves 10; level 2 fc1 too, by its product, and saves 6. backend: of the
+    norms, at every level; a study's choice comes with a level, so without one they are torch's.
     """
 
     levels = (0, 1, 2)
@@ -48,37 +54,34 @@ class Layer(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, level: int = 0, backend: Backend = "auto") -> Tensor:
+    def forward(self, x: Tensor, level: int = 0, backend: Backend = "reference") -> Tensor:
+        norm: Norm = partial(layer_norm, eps=EPS, backend=backend)
         if level:
-            (qkv,) = rebuilt(Pure(layer_norm), Linear(), x, _of(self.norm1), _of(self.qkv))
+            (qkv,) = rebuilt(Pure(norm), Linear(), x, _of(self.norm1), _of(self.qkv))
         else:
-            qkv = self.qkv(self.norm1(x))
+            qkv = self.qkv(norm(x, *_of(self.norm1)))
         x = x + self.proj(self.attention(qkv))
-        return x + self.mlp(x, level)
+        return x + self.mlp(x, level, norm)
 
     def attention(self, qkv: Tensor) -> Tensor:
         b, t, d = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.heads, d // 3 // self.heads).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d // 3)
 
-    def mlp(self, x: Tensor, level: int) -> Tensor:
+    def mlp(self, x: Tensor, level: int, norm: Norm) -> Tensor:
         if not level:
-            out: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
+            out: Tensor = self.fc2(F.gelu(self.fc1(norm(x, *_of(self.norm2)))))
         elif level == 1:
-            (hidden,) = rebuilt(Pure(layer_norm), Linear(), x, _of(self.norm2), _of(self.fc1))
+            (hidden,) = rebuilt(Pure(norm), Linear(), x, _of(self.norm2), _of(self.fc1))
             (out,) = rebuilt(Pure(F.gelu), Linear(), hidden, (), _of(self.fc2))
         else:
-            (out,) = rebuilt(Pure(up), Linear(), x, (*_of(self.norm2), *_of(self.fc1)), _of(self.fc2))
+            (out,) = rebuilt(Pure(partial(up, norm)), Linear(), x, (*_of(self.norm2), *_of(self.fc1)), _of(self.fc2))
         return out
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, EPS)
-
-
-def up(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def up(norm: Norm, x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """The wide half of the MLP."""
-    return F.gelu(F.linear(layer_norm(x, weight, bias), w, b))
+    return F.gelu(F.linear(norm(x, weight, bias), w, b))
 
 
 def _of(module: nn.LayerNorm | nn.Linear) -> tuple[Tensor, Tensor]:
