@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export OMP_NUM_THREADS = 1
 CONFIG = $(if $(XDG_CONFIG_HOME),$(XDG_CONFIG_HOME),$(HOME)/.config)/snakemake
 
-.PHONY: help install quickstart test test-slow gpu lint format profiles clean
+.PHONY: help install quickstart studies test test-slow gpu lint format profiles clean
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,12 @@ quickstart: install ## FedAvg and FeDepth under four memory budgets, on embedded
 	snakemake --profile profiles/local --config study=workflows/studies/quickstart.yaml
 	@echo "report: results/quickstart/report.html"
 
+studies: install ## the small studies of the papers (STUDY=paper/name for one); tables in benchmarks/results/studies
+	python benchmarks/studies/run.py $(STUDY)
+
 test: install lint ## every check that needs neither a GPU nor patience
 	$(PYTEST) -m "not slow and not gpu"
+	@python benchmarks/studies/run.py --check
 
 # The tritons that builds of torch for CUDA pin, for compiling the kernels by them, too.
 $(VENV)/tritons/%:

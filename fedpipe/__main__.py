@@ -29,20 +29,26 @@ class _Parser(argparse.ArgumentParser):
         raise FedpipeError(f"{message}; see {self.prog} --help")
 
 
+def _study(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that say which study."""
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="local.epochs=2 ...")
+    parser.add_argument(
+        "--methods", type=lambda t: t.split(","), default=None, metavar="a,b", help="instead of the study's"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="results folder; default results/<name>")
+    return parser
+
+
 def _parser(argv: list[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="fedpipe", description=__doc__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True)
-    study = commands.add_parser("run", help="run a study in this process")
-    study.add_argument("study", type=Path)
-    study.add_argument("--set", nargs="+", action="extend", default=[], metavar="key=value", help="local.epochs=2 ...")
-    study.add_argument(
-        "--methods", type=lambda t: t.split(","), default=None, metavar="a,b", help="instead of the study's"
-    )
-    study.add_argument("--out", type=Path, default=None, help="results folder; default results/<name>")
+    study = _study(commands.add_parser("run", help="run a study in this process"))
     study.add_argument("--segment", type=int, default=20, help="rounds between files (changes no bit)")
     study.add_argument("--keep", choices=KEEP, default=KEEP[0], help="states that stay on disk: the last one, "
                        "those of every segment, or all")  # fmt: skip
+    _study(commands.add_parser("explain", help="show who would train what in how many bytes; train nothing"))
     digest = commands.add_parser("digest", help="one digest over all results of a study's folder")
     digest.add_argument("out", type=Path)
     use = commands.add_parser("du", help="bytes of a study's folder, by run and kind of file")
@@ -69,6 +75,10 @@ def _dispatch(args: argparse.Namespace) -> None:
         from fedpipe.local import run_study
 
         run_study(args.study, args.set, args.methods, args.out, args.segment, args.keep)
+    elif args.command == "explain":
+        from fedpipe.explain import explain
+
+        explain(args.study, args.set, args.methods, args.out)
     elif args.command == "digest":
         from fedpipe.fingerprint import fingerprint
 

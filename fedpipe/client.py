@@ -23,7 +23,7 @@ from fedpipe.phase import PhaseRun, Slots, pick
 from fedpipe.seeding import seeded
 from fedpipe.types import PRIVATE, Batch, Method, Phase, Plan, Tensors, matches, select
 
-Probe = Callable[[int, list[Tensor]], AbstractContextManager[Any]]
+Probe = Callable[[int, Tensors], AbstractContextManager[Any]]  # phase, what is held before it
 
 
 @dataclass
@@ -74,7 +74,8 @@ class Loop:
         carried: Slots = {}
         with seeded(clients[0].seed):
             for index, phase in enumerate(plan.phases):
-                held = [*at.values(), *(v for s in carried.values() for v in s.values() if isinstance(v, Tensor))]
+                slots = {f"optimizer/{n}/{k}": v for n, s in carried.items() for k, v in s.items()}
+                held = at | {n: v for n, v in slots.items() if isinstance(v, Tensor)}
                 with self.probe(index, held):
                     run = PhaseRun(self.method, self.local, clients, phase, index, self.kernel)
                     at, carried, losses = run.run(at, carried)

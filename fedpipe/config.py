@@ -6,184 +6,51 @@ Importing this module loads neither torch nor datasets nor matplotlib: the Snake
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from fedpipe.budgets import Budgets
 from fedpipe.io import canonical, digest
+from fedpipe.keys import (
+    NUMBER,
+    Backend,
+    Data,
+    Evaluate,
+    Local,
+    ModelSpec,
+    Operation,
+    Optimizer,
+    Partition,
+    Positive,
+    Select,
+    Share,
+    Stop,
+    Typed,
+    as_model,
+    for_all,
+)
 from fedpipe.methodspec import MethodSpec, named, points, setting_label
 
-_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+__all__ = ["Budgets", "Data", "Local", "ModelSpec", "Optimizer", "Partition", "Run", "Study"]
 
 
-def parse_bytes(text: str | int) -> int:
-    """Bytes of `5MiB`, `1.5 GB` or a plain number."""
-    found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*)\s*([A-Za-z]*)\s*", str(text))
-    if not found or found[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is no size; write bytes, or a number with one of KiB MiB GiB KB MB GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def _bytes_keys(value: Any) -> Any:
-    return {parse_bytes(k): v for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _ascending(value: dict[Any, int]) -> dict[Any, int]:
-    """JSON sorts keys as text: only an order of the values themselves survives a file."""
-    return dict(sorted(value.items()))
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("wanted a number")  # to Python and to pydantic, true is 1
-    return value
-
-
-NUMBER = BeforeValidator(_number)
-Positive = Annotated[int, Field(ge=1), NUMBER]
-Width = Annotated[float, Field(gt=0, le=1), NUMBER]
-Backend = Literal["auto", "reference"]
-Operation = Literal["step", "topk", "bits", "sparse", "aggregate", "norm"]
-Share = Annotated[float, Field(ge=0, le=1), NUMBER]
-
-
-def _for_all(value: Any) -> Any:
-    """One word is of every operation."""
-    return dict.fromkeys(get_args(Operation), value) if isinstance(value, str) else value
-
-
-class _Typed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Partition(_Typed):
-    """How training rows are given to clients; `val` of each client's rows are set aside for validation."""
-
-    kind: str = Field(
-        "dirichlet",
-        description="iid, dirichlet, dir, balanced-dir, shards, natural, or the class path of a Flower partitioner",
-    )
-    clients: Positive = 10
-    alpha: Annotated[float, Field(gt=0), NUMBER] = 0.3
-    shards: Positive = Field(2, description="shards per client (kind: shards)")
-    min_samples: Positive = Field(2, description="every client gets at least so many rows")
-    column: str | None = Field(None, description="column of natural client ids (kind: natural)")
-    val: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
-    settings: dict[str, Any] = Field({}, description="keywords of a partitioner given by class path")
-
-
-class Data(_Typed):
-    """Which rows: `digits` (embedded), a Hugging Face id, or a folder of that name under FEDPIPE_DATA."""
-
-    name: str = "digits"
-    image: str | None = Field(None, description="column of images; found by its type when absent")
-    label: str | None = Field(None, description="column of class labels; found by its type when absent")
-    train: str = Field("train", description="split to train on")
-    test: str | None = Field("test", description="split to test on; null: a fifth of the training rows, drawn by class")
-    rows: Positive | None = Field(
-        None, description="use only so many training rows (and a fifth as many test rows), drawn by class"
-    )
-    size: Positive | None = Field(None, description="side in pixels images are brought to; digits: 16")
-    partition: Partition = Partition()
-
-
-class Optimizer(_Typed):
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0), NUMBER] = 0.05
-    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
-    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.0
-
-
-class Local(_Typed):
-    epochs: Positive = 1
-    batch: Positive = 32
-    optimizer: Optimizer = Optimizer()
-    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
-    levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(
-        {}, description="how much units build again in the backward instead of saving it: {'b*': 1}"
-    )
-    again: list[tuple[str, str]] = Field(
-        [], description="ranges of units, first and last, that run again in the backward: [[b1, b3]]"
-    )
-
-
-class Budgets(_Typed):
-    """Clients per budget: the first clients have the smallest, however the keys are ordered. No key: no limits."""
-
-    bytes: Annotated[dict[Positive, Positive], BeforeValidator(_bytes_keys), AfterValidator(_ascending)] | None = Field(
-        None, description="{5MiB: 10, ...}"
-    )
-    like_width: Annotated[dict[Width, Positive], AfterValidator(_ascending)] | None = Field(
-        None, description="what training the width-r model needs: {0.5: 10, ...}"
-    )
-
-    @model_validator(mode="after")
-    def _one(self) -> "Budgets":
-        if self.bytes and self.like_width:
-            raise ValueError("give bytes or like_width, not both")
-        return self
-
-    @property
-    def counts(self) -> list[int]:
-        return list((self.bytes or self.like_width or {}).values())
-
-
-class Evaluate(_Typed):
-    every: Positive | None = Field(
-        None, description="rounds between evaluations of the server's model; default: 20 points in a run"
-    )
-    batch: Positive = 100
-
-
-class Stop(_Typed):
-    """When a run ends early: looked at only at fixed rounds of its curve, so that no way of running changes it.
-
-    The metric is that of the clients' validation rows where data.partition.val sets some aside, else of the test rows.
-    """
-
-    metric: Literal["accuracy", "loss"] = "accuracy"
-    target: Annotated[float, NUMBER] | None = Field(None, description="stop once it is reached")
-    patience: Positive | None = Field(None, description="stop after so many looks without a better value")
-    every: Positive | None = Field(None, description="rounds between looks; default: every evaluation")
-
-    @model_validator(mode="after")
-    def _one(self) -> "Stop":
-        if (self.target is None) == (self.patience is None):
-            raise ValueError("wanted one of target and patience")
-        if self.target is not None and (self.target < 0 or (self.metric == "accuracy" and self.target > 1)):
-            raise ValueError(f"target: wanted {'an accuracy in 0..1' if self.metric == 'accuracy' else 'a loss >= 0'}")
-        return self
-
-
-class ModelSpec(BaseModel):
-    """A network by name, or `./file.py:function`; further keys go to the function that builds it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "preresnet20"
-
-
-def _model(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-class Select(_Typed):
-    """Grids are tuned at one seed, by the clients' validation rows alone; the study compares the other seeds."""
-
-    on: Literal["validation"] = "validation"
-    seed: Annotated[int, NUMBER] = Field(0, description="the seed grids are tuned at; not one of the comparison's")
-
-
-class _Shared(_Typed):
+class _Shared(Typed):
     """What a study and each of its runs have in common."""
 
     data: Data = Data()
-    model: Annotated[ModelSpec, BeforeValidator(_model)] = ModelSpec()
+    model: Annotated[ModelSpec, BeforeValidator(as_model)] = ModelSpec()
     rounds: Positive = 20
     cohort: Positive = Field(10, description="clients drawn per round, from all clients")
     availability: Share = Field(1.0, description="probability that a client that is drawn is there")
     dropout: Share = Field(0.0, description="probability that a client that has trained does not report back")
     local: Local = Local()
     budgets: Budgets = Budgets()
+    budget: Literal["enforce", "warn", "off"] = Field(
+        "enforce",
+        description="a plan or a measured client over its budget is an error; warn: it goes on, and the table marks it;"
+        " off: budgets limit nothing",
+    )
     evaluate: Evaluate = Evaluate()
     stop: Stop | None = Field(None, description="end a run early: {metric: accuracy, target: 0.9} or {patience: 3}")
     precision: Literal["float32", "float64"] = "float32"
@@ -193,7 +60,7 @@ class _Shared(_Typed):
     )
     threads: Positive = Field(1, description="threads of a job; part of the platform, as other counts give other bits")
     measure: Literal["witness", "all"] = Field("witness", description="whose peak memory is measured while training")
-    kernels: Annotated[dict[Operation, Backend], BeforeValidator(_for_all)] = Field(
+    kernels: Annotated[dict[Operation, Backend], BeforeValidator(for_all)] = Field(
         {}, description="auto: Triton on CUDA, plain torch elsewhere; reference: plain torch; or {topk: reference}"
     )
     margin: Annotated[float, Field(ge=0), NUMBER] = Field(
@@ -208,11 +75,8 @@ class _Shared(_Typed):
 
     @model_validator(mode="after")
     def _counts(self) -> "_Shared":
-        clients, counts = self.data.partition.clients, self.budgets.counts
-        if counts and sum(counts) != clients:
-            raise ValueError(
-                f"budgets: clients per budget add up to {sum(counts)}, data.partition.clients is {clients}"
-            )
+        clients = self.data.partition.clients
+        self.budgets.limits(clients)
         if self.cohort > clients:
             raise ValueError(f"cohort: {self.cohort} clients a round, but data.partition.clients is {clients}")
         return self

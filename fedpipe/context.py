@@ -1,6 +1,6 @@
 """What hooks are given: frozen views of the study, the round and the model. Nothing here decides anything."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedpipe.kernels.common import Backend
+    from fedpipe.memory.choose import Chooser
     from fedpipe.models.chain import Chain
     from fedpipe.recompute import Policy
 
@@ -121,7 +122,7 @@ class PlanCtx:
     local: Local
     rounds: int
     names: tuple[str, ...]  # stem, units in order, head
-    predict: Callable[[Plan], list[int]] = field(repr=False)  # peak bytes of each phase
+    choose: "Chooser" = field(repr=False)  # how bytes become blocks and recomputation
     window: Callable[[dict[str, Any]], tuple[Window, ...]] = field(repr=False)
     margin: float = 0.0
     at_round: int | None = None
@@ -152,23 +153,47 @@ class PlanCtx:
         """What part of each tensor the model built with these keywords holds (`width=0.5`)."""
         return self.window(build)
 
-    def needs(self, plan: Plan) -> int:
-        """Bytes a budget must have for this plan: its predicted peak plus the study's margin."""
-        return with_margin(max(self.predict(plan)), self.margin)
-
     def fits(self, plan: Plan) -> bool:
-        """Whether the plan's predicted peak plus margin stays within the row's budget."""
-        if self.row.budget is None or self.needs(plan) <= self.row.budget:
-            return True
-        self.refused.append(self.needs(plan))
-        return False
+        """Whether the plan's predicted peak plus margin stays within the row's budget, recomputed if the study says."""
+        return self.if_fits(plan) is not None
 
     def if_fits(self, plan: Plan) -> Plan | None:
-        return plan if self.fits(plan) else None
+        """The plan, recomputing as much as the row's budget takes where the study leaves that free; None: too large."""
+        limit = self._limit
+        return plan if limit is None else self._or_refuse(self.choose.fitted(plan, limit))
+
+    def fewest(self, build: "Callable[[Sequence[tuple[str, ...]]], Plan]") -> Plan | None:
+        """`build` of the fewest blocks of units whose phases fit the row's budget; None: a unit alone does not.
+
+        build gives each block a phase that trains its units and the head, and the stem with the first unit."""
+        limit = self._limit
+        return build([self.choose.units]) if limit is None else self._or_refuse(self.choose.fewest(limit, build))
+
+    def greedy(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """FeDepth's published blocks for the row's ratio, and the units no block holds, whatever that is in bytes."""
+        return self.choose.greedy(self.row.ratio)
+
+    @property
+    def _limit(self) -> int | None:
+        budget = self.row.budget
+        return None if budget is None else without_margin(budget, self.margin)
+
+    def _or_refuse(self, found: "Plan | int") -> Plan | None:
+        if isinstance(found, Plan):
+            return found
+        self.refused.append(with_margin(found, self.margin))
+        return None
 
 
 def with_margin(peak: int, margin: float) -> int:
+    """Bytes a budget must have for a predicted peak: more by a share of it."""
     return int(peak * (1 + margin)) + 1 if margin else peak
+
+
+def without_margin(budget: int, margin: float) -> int:
+    """The largest peak whose bytes with margin a budget holds."""
+    peak = int(budget / (1 + margin))
+    return next(p for p in range(peak + 1, -2, -1) if with_margin(p, margin) <= budget)
 
 
 @dataclass(frozen=True)

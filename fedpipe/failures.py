@@ -19,8 +19,10 @@ def attempt(work: Callable[[], T]) -> T | Exception:
     """What `work` returns, or what it raises. The exception's frames lose their locals: in them it would hold on to
     the very memory that ran out."""
     outcome = _caught(work)
-    if isinstance(outcome, Exception):
-        traceback.clear_frames(outcome.__traceback__)
+    error: BaseException | None = outcome if isinstance(outcome, Exception) else None
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
     return outcome
 
 
@@ -37,11 +39,30 @@ def judge(row: dict[str, Any], why: str | None, on: str, cause: Exception | None
     standard error."""
     if why is None:
         return False
-    who = f"client {row['client']}, round {row['round']}"
     if on == "stop":
-        raise FedpipeError(f"{who}: {why}; on_client_failure: drop goes on without it") from cause
-    print(f"fedpipe: {who}: dropped, {why}", file=sys.stderr, flush=True)
+        raise FedpipeError(f"{_who(row)}: {why}; on_client_failure: drop goes on without it") from cause
+    _tell(row, f"dropped, {why}")
     return True
+
+
+def over_budget(row: dict[str, Any], found: dict[int, str], how: str, warned: set[tuple[str, int]]) -> str | None:
+    """Why a client that was measured has failed, of what there is to say of its phases: nothing, unless `how` is
+    enforce. Under `warn` a line says it, once of a plan and phase: those in `warned` have been said."""
+    if how == "enforce":
+        return next((f"{why}; raise margin, or budget: warn goes on" for why in found.values()), None)
+    for phase, why in found.items():
+        if (row["plan"], phase) not in warned:
+            warned.add((row["plan"], phase))
+            _tell(row, f"{why}; going on")
+    return None
+
+
+def _tell(row: dict[str, Any], what: str) -> None:
+    print(f"fedpipe: {_who(row)}: {what}", file=sys.stderr, flush=True)
+
+
+def _who(row: dict[str, Any]) -> str:
+    return f"client {row['client']}, round {row['round']}"
 
 
 def not_finite(result: "Result") -> str | None:

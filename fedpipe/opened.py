@@ -18,6 +18,7 @@ from fedpipe import io, machine
 from fedpipe.config import Run
 from fedpipe.data import dataset
 from fedpipe.evaluation import pooled
+from fedpipe.memory.measure import BESIDE
 from fedpipe.plans import read_plans
 from fedpipe.rounds import Rounds, Rows, Sent, World
 from fedpipe.route import needed_states
@@ -37,7 +38,8 @@ CURVE_VAL = pa.schema([*CURVE, ("val_loss", pa.float64()), ("val_accuracy", pa.f
 TIMES = pa.schema([("round", pa.int32()), ("seconds", pa.float64()), ("host", pa.string()), ("date", pa.string())])
 PEAKS = pa.schema(
     [("round", pa.int32()), ("client", pa.int32()), ("plan", pa.string()), ("phase", pa.int32())]
-    + [("predicted", pa.int64()), ("measured", pa.int64()), ("budget", pa.int64())]
+    + [("kind", pa.string()), ("predicted", pa.int64()), ("measured", pa.int64()), ("budget", pa.int64())]
+    + [(b, pa.int64()) for b in BESIDE]
 )
 
 

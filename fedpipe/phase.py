@@ -1,13 +1,13 @@
 """One phase of local training: its batches, its optimizer, its steps, for one client or a stack of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedpipe.config import Local
+from fedpipe.config import Local, Optimizer
 from fedpipe.context import Ctx, Grad
 from fedpipe.errors import FedpipeError
 from fedpipe.fused import Fused
@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from fedpipe.client import Client
 
 Slots = dict[str, dict[str, Any]]  # optimizer state by name
+
+
+def optimizer(spec: Optimizer, leaves: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+    """The study's optimizer of these leaves."""
+    wd = spec.weight_decay
+    if spec.name == "sgd":
+        return torch.optim.SGD(leaves, lr=lr, momentum=spec.momentum, weight_decay=wd)
+    kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
+    return kind(leaves, lr=lr, weight_decay=wd)
 
 
 def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
@@ -84,6 +93,7 @@ class PhaseRun:
         self._move(leaves, d, at, opt)
         return {**at, **undo(changed)}, value
 
+    @torch.no_grad()
     def _move(self, leaves: Tensors, d: Tensors, at: Tensors, opt: torch.optim.Optimizer) -> None:
         if self.fused and self.fused.whole:
             self.fused(leaves, d, at, opt.state)
@@ -97,15 +107,7 @@ class PhaseRun:
             self.fused.project(leaves)
 
     def _optimizer(self, leaves: Tensors, carried: Slots) -> torch.optim.Optimizer:
-        spec = self.local.optimizer
-        lr, wd = self.ctx.lr, spec.weight_decay
-        opt: torch.optim.Optimizer
-        if spec.name == "sgd":
-            opt = torch.optim.SGD(leaves.values(), lr=lr, momentum=spec.momentum, weight_decay=wd)
-        elif spec.name == "adam":
-            opt = torch.optim.Adam(leaves.values(), lr=lr, weight_decay=wd)
-        else:
-            opt = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=wd)
+        opt = optimizer(self.local.optimizer, leaves.values(), self.ctx.lr)
         for n, leaf in leaves.items():
             if n in carried:
                 opt.state[leaf] = carried[n]

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fedpipe.io import canonical
+from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.types import Phase, Plan, Step, Window, matches
 
 _PATTERNS = ("live", "down", "up", "fixed", "hold", "keep", "reply")
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         ("trains", pa.list_(pa.string())),
         ("predicted", pa.int64()),
     ]
+    + [(k, pa.int64()) for k in KINDS]  # what the predicted peak is made of
 )
 
 
@@ -41,14 +43,14 @@ def trained_units(phase: Phase, names: tuple[str, ...], tensors: tuple[str, ...]
 
 
 def plan_rows(
-    plans: dict[str, Plan], predicted: Callable[[Plan], list[int]], names: tuple[str, ...], tensors: tuple[str, ...]
+    plans: dict[str, Plan], predicted: Callable[[Plan], list[Parts]], names: tuple[str, ...], tensors: tuple[str, ...]
 ) -> list[dict[str, Any]]:
     """Rows of `plans.parquet`, one per plan and phase."""
     rows = []
     for pid, plan in plans.items():
         shared: dict[str, Any] = {p: list(getattr(plan, p)) for p in _PATTERNS if p != "live"}
         shared |= {"index": [dataclasses.asdict(w) for w in plan.index], "weight": plan.weight}
-        for i, (phase, peak) in enumerate(zip(plan.phases, predicted(plan), strict=True)):
+        for i, (phase, parts) in enumerate(zip(plan.phases, predicted(plan), strict=True)):
             own = dataclasses.asdict(phase) | {
                 "live": list(phase.live),
                 "levels": [{"units": u, "level": n} for u, n in phase.levels],
@@ -56,18 +58,19 @@ def plan_rows(
             }
             rows.append(
                 {"plan": pid, "phase": i, **own, **shared, "model": canonical(dict(plan.model))}
-                | {"trains": trained_units(phase, names, tensors), "predicted": peak}
+                | {"trains": trained_units(phase, names, tensors), "predicted": parts.peak}
+                | dataclasses.asdict(parts)
             )
     return rows
 
 
-def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], int]]:
-    """Plans by name, and the predicted peak bytes of each (plan, phase)."""
+def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], Parts]]:
+    """Plans by name, and what the predicted peak of each (plan, phase) is made of."""
     by_plan: dict[str, list[dict[str, Any]]] = {}
     for r in table.to_pylist():
         by_plan.setdefault(r["plan"], []).append(r)
     plans: dict[str, Plan] = {}
-    predicted: dict[tuple[str, int], int] = {}
+    predicted: dict[tuple[str, int], Parts] = {}
     phase_words = [f.name for f in dataclasses.fields(Phase)]
     for pid, rows in by_plan.items():
         rows.sort(key=lambda r: r["phase"])
@@ -86,5 +89,5 @@ def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], 
             model=tuple(json.loads(r["model"]).items()),
             weight=r["weight"],
         )
-        predicted |= {(pid, x["phase"]): x["predicted"] for x in rows}
+        predicted |= {(pid, x["phase"]): Parts(**{k: x[k] for k in KINDS}) for x in rows}
     return plans, predicted

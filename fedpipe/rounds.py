@@ -12,8 +12,9 @@ from fedpipe import io
 from fedpipe.aggregate import check, cut
 from fedpipe.client import Client, Result
 from fedpipe.errors import FedpipeError
-from fedpipe.failures import attempt, judge, not_finite, said
+from fedpipe.failures import attempt, judge, not_finite, over_budget, said
 from fedpipe.memory.enforce import Witness
+from fedpipe.memory.parts import Parts
 from fedpipe.runtime import Runtime
 from fedpipe.stopping import Watch
 from fedpipe.types import Plan, Tensors, Update, select
@@ -47,7 +48,7 @@ class Sent:
 class Rounds:
     """Trains and mixes rounds of one run."""
 
-    def __init__(self, runtime: Runtime, plans: dict[str, Plan], predicted: dict[tuple[str, int], int], rows: Rows,
+    def __init__(self, runtime: Runtime, plans: dict[str, Plan], predicted: dict[tuple[str, int], Parts], rows: Rows,
                  training_rows: dict[int, Tensor], budgets: dict[int, int | None]):  # fmt: skip
         self.rt, self.plans, self.predicted = runtime, plans, predicted
         self.training_rows, self.budgets = training_rows, budgets
@@ -57,6 +58,7 @@ class Rounds:
         self.awaited = {(r["round"], u) for r in rows if r["kind"] == "mix" for u in r["updates"]}
         self.rows = rows
         self.peaks: Rows = []
+        self.warned: set[tuple[str, int]] = set()  # (plan, phase) that were said to be over budget
 
     def groups(self, t: int) -> list[Rows]:
         """The stacked groups of a round, in order."""
@@ -91,7 +93,7 @@ class Rounds:
         outcome = attempt(lambda: loop.train([self._client(*p) for p in zip(group, received, strict=True)], plan))
         self.peaks += witness.rows if witness else []
         if not isinstance(outcome, Exception):
-            over = witness.over() if witness else None
+            over = over_budget(group[0], witness.over(), self.rt.run.budget, self.warned) if witness else None
             return [(o, judge(r, over or not_finite(o), on)) for r, o in zip(group, outcome, strict=True)]
         if len(group) > 1:
             return self._one_by_one(group, plan, world, outcome)
@@ -191,7 +193,7 @@ class Rounds:
         if not (row["witness"] or self.rt.run.measure == "all"):
             return None
         limits = [self.predicted[row["plan"], i] for i in range(len(self.plans[row["plan"]].phases))]
-        return Witness(row, limits, self.budgets.get(row["client"]), self.rt.device)
+        return Witness(row, limits, self.budgets.get(row["client"]), self.rt.device, self.rt.run.budget)
 
 
 def _row_id(row: dict[str, Any]) -> str:

@@ -1,8 +1,7 @@
 """A run opened for work: its method, models, data and state 0, and the training loop made from them."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from fedpipe import machine, methods
 from fedpipe.aggregate import cut
-from fedpipe.client import Client, Loop, batch_rows
+from fedpipe.client import Client, Loop, Probe, batch_rows
 from fedpipe.config import Run
 from fedpipe.context import Ctx, PlanCtx
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
+from fedpipe.memory.choose import Chooser
 from fedpipe.memory.predictor import Predictor
 from fedpipe.models import chain as models
 from fedpipe.models import traits
@@ -26,7 +26,6 @@ from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
 
 CACHE = 1 << 20  # bytes of parameters a stack on a CPU may have
-Probe = Callable[[int, list[Tensor]], AbstractContextManager[Any]]
 
 
 class Runtime:
@@ -38,7 +37,7 @@ class Runtime:
         self.method = method or methods.load(run.method)
         self.device = torch.device(machine.device(run))
         self.dtype = getattr(torch, run.precision)
-        self.predictor = Predictor(self)
+        self.predictor, self.chooser = Predictor(self), Chooser(self)
 
     @cache  # noqa: B019 (a Runtime lives as long as its process)
     def build(self, settings: tuple[tuple[str, Any], ...] = ()) -> models.Chain:
@@ -106,7 +105,7 @@ class Runtime:
             local=self.run.local,
             rounds=self.run.rounds,
             names=self.build().names,
-            predict=self.predictor.peaks,
+            choose=self.chooser,
             window=lambda build: self.windows(tuple(build.items())),
             margin=self.run.margin,
             at_round=round,

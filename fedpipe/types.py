@@ -106,10 +106,11 @@ class Plan:
 class Row:
     """What a plan may depend on. Equal rows give equal plans."""
 
-    budget: int | None  # bytes; None: no limit
+    budget: int | None  # bytes; None: no limit, or one that is not kept (`budget: off`)
     samples: int  # training samples
     modalities: Patterns = ()
     speed: float = 1.0
+    ratio: float | None = None  # the width or fraction the budget is named after, else its part of what all needs
 
 
 @dataclass(frozen=True)

@@ -200,19 +200,20 @@ def test_every_row_is_used_once_and_clients_count_them(digits):
         assert [c["samples"], c["val"], c["test"]] == [(mine & (split == s)).sum() for s in ("train", "val", "test")]
         assert c["labels"] == np.bincount(found.y[mine & (split == "train")], minlength=10).tolist()
         assert c["val"] == int(0.1 * (c["samples"] + c["val"])) and c["samples"] >= 2
-    assert [(c["group"], c["budget"]) for c in clients] == [(0, 5 * 2**20)] * 10 + [(1, 10**9)] * 30
-    assert all(c["like_width"] is None for c in clients)
+    given = [tuple(c[k] for k in ("group", "kind", "value", "name")) for c in clients]
+    assert given == [(0, "bytes", 5 * 2**20, "5 MiB")] * 10 + [(1, "bytes", 10**9, "953.7 MiB")] * 30
 
 
-def test_budgets_are_bytes_or_widths_or_none():
+def test_budgets_are_kinds_and_values_or_none():
     labels, none = np.ones((3, 2), np.int64), np.zeros(3, np.int64)
-    for keys, group, bytes_, widths in (
+    for keys, group, kinds, values in (
         ({}, [0, 0, 0], [None] * 3, [None] * 3),
-        ({"bytes": {1024: 3}}, [0, 0, 0], [1024] * 3, [None] * 3),
-        ({"like_width": {1.0: 2, 0.5: 1}}, [0, 1, 1], [None] * 3, [0.5, 1.0, 1.0]),
+        ({"bytes": {1024: 3}}, [0, 0, 0], ["bytes"] * 3, [1024] * 3),
+        ({"like_width": {1.0: 2, 0.5: 1}}, [0, 1, 1], ["width"] * 3, [0.5, 1.0, 1.0]),
+        ({"scenario": "surplus"}, [0, 1, 2], ["width"] * 3, [1 / 6, 1 / 3, 1 / 2]),
     ):
         table = partition.clients_table(labels, none, none, Budgets(**keys))
-        assert [table.column(c).to_pylist() for c in ("group", "budget", "like_width")] == [group, bytes_, widths]
+        assert [table.column(c).to_pylist() for c in ("group", "kind", "value")] == [group, kinds, values]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -140,6 +140,23 @@ def test_a_caught_exception_frees_the_memory_that_ran_out() -> None:
     assert re.fullmatch(r".*test_failures\.py, line \d+: OutOfMemoryError: 3 numbers are too many", said(error))
 
 
+def test_memory_is_freed_that_an_exceptions_cause_holds() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def train() -> None:
+        large = torch.zeros(3)
+        made.append(weakref.ref(large))
+        raise torch.OutOfMemoryError
+
+    def work() -> None:
+        try:
+            train()
+        except torch.OutOfMemoryError as e:
+            raise FedpipeError("over its budget") from e
+
+    assert isinstance(attempt(work), FedpipeError) and made[0]() is None
+
+
 def test_going_over_the_budget(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     keys: dict[str, Any] = {"budgets": {"like_width": {1.0: 6}}, "stack": 1}
     game = Game(make_run("fedavg", **keys), root)
@@ -154,13 +171,14 @@ def test_going_over_the_budget(root: Path, monkeypatch: pytest.MonkeyPatch, caps
         self.bytes += limit
 
     monkeypatch.setattr(measure.Peak, "__exit__", more)
-    with pytest.raises(FedpipeError, match=r"client \d, round 0: measured peak .* of phase 0 is over its budget of"):
+    said = r"client \d, round 0: measured peak .* of phase 1 of 1 is over its budget of"
+    with pytest.raises(FedpipeError, match=said):
         Game(make_run("fedavg", **keys), root).play(1)
     run = make_run("fedavg", **keys, on_client_failure="drop")
     game = Game(run, root).play(1)
     assert failed(game) == [(0, peak["client"])] and without(game, Game(run, root), 0)
     assert game.opened.rounds.peaks == [{**peak, "measured": peak["measured"] + limit}]
-    assert " MiB of phase 0 is over its budget of " in dropped(capsys)[0]
+    assert " MiB of phase 1 of 1 is over its budget of " in dropped(capsys)[0]
 
 
 def in_jobs(p: RunPaths, run: Path, jobs: int) -> None:

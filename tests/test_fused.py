@@ -15,6 +15,7 @@ from fedpipe.client import Client, Loop
 from fedpipe.config import Local
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
+from fedpipe.memory import Parts
 from fedpipe.models.chain import Chain
 from fedpipe.models.chain import load as load_model
 from fedpipe.plans import SCHEMA, key, plan_rows, read_plans
@@ -235,7 +236,7 @@ def test_what_a_step_needs(step: Step, keys: dict[str, Any], said: str) -> None:
 # -------------------------------------------------------------------------------------------------- plans and memory
 def test_a_step_goes_through_the_plans_file(tmp_path: Path) -> None:
     plans = {"p0": Plan((Phase(step=FULL), Phase(), Phase(step=Step(anchor="in/*", mu=1))))}
-    rows = plan_rows(plans, lambda plan: [0] * len(plan.phases), (), ())
+    rows = plan_rows(plans, lambda plan: [Parts()] * len(plan.phases), (), ())
     io.write_table(tmp_path / "plans.parquet", rows, {}, SCHEMA)
     read = read_plans(io.read_table(tmp_path / "plans.parquet"))[0]
     assert read == plans and key(read["p0"]) == key(plans["p0"])

@@ -79,7 +79,7 @@ def test_storages_are_counted_once_and_as_long_as_they_live() -> None:
         assert trace.now == 720
         del b, c
         assert trace.now == 0
-        with trace.span([torch.empty(10)]) as span:
+        with trace.span({"model/x": torch.empty(10)}) as span:
             torch.empty(50)
         assert span.bytes == 40 + 200
     assert trace.peak == 720

@@ -16,10 +16,12 @@ from scipy import stats
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import read_table, table_meta, write_table, write_text
+from fedpipe.memory.parts import KINDS
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.report import cells, terminal
 from fedpipe.report.plan_picture import Group, groups
-from fedpipe.report.results import curves, load, load_all, observed, summary
+from fedpipe.report.results import load, load_all
+from fedpipe.report.summaries import curves, observed, summary
 from fedpipe.steps import report, table
 
 MIB = 2**20
@@ -37,6 +39,7 @@ PLAN = pa.schema(
         **{"plan": pa.string(), "phase": pa.int32(), "name": pa.string()},
         **{k: pa.list_(pa.string()) for k in ("live", "down", "up", "fixed", "hold", "keep", "reply", "trains")},
         **{"model": pa.string(), "weight": pa.string(), "predicted": pa.int64()},
+        **dict.fromkeys(KINDS, pa.int64()),
     }
 )
 ASSIGNMENT = pa.schema(
@@ -57,7 +60,7 @@ METRIC = pa.schema({"client": pa.int32(), "column": pa.string(), **{k: CURVE.fie
 PEAK = pa.schema(
     {
         **{"round": pa.int32(), "client": pa.int32(), "plan": pa.string(), "phase": pa.int32()},
-        **{"predicted": pa.int64(), "measured": pa.int64(), "budget": pa.int64()},
+        **{"predicted": pa.int64(), "measured": pa.int64(), "budget": pa.int64(), "resident": pa.int64()},
     }
 )
 SECONDS = pa.schema({"round": pa.int32(), "seconds": pa.float64(), "host": pa.string(), "date": pa.string()})
@@ -106,6 +109,7 @@ def write_run(paths: RunPaths) -> None:
                 "name": "train",
             }
             words |= {"trains": units, "model": "{}", "weight": "samples", "predicted": (budget - 1) * MIB - i * MIB}
+            words |= dict.fromkeys(KINDS, 0) | {"parameters": MIB, "activations": words["predicted"] - MIB}
             plans.append({"plan": f"p{g}", "phase": i, **words})
     write_table(paths.plans, plans, {**meta, "units": UNITS}, PLAN)
     write_table(paths.assignment, assignment, meta, ASSIGNMENT)
@@ -153,7 +157,7 @@ def metric_rows(method: str, accuracy: float) -> list[dict[str, Any]]:
 
 def write_observations(folder: Path, plans: list[dict[str, Any]]) -> None:
     names = [p for p in plans if p["plan"] == "p3"]
-    fixed = {"round": 0, "client": 6, "budget": 20 * MIB}
+    fixed = {"round": 0, "client": 6, "budget": 20 * MIB, "resident": 2 * MIB}
     peaks = [
         {**fixed, **{k: p[k] for k in ("plan", "phase", "predicted")}, "measured": int(p["predicted"] * 0.98)}
         for p in names
@@ -208,7 +212,7 @@ def test_summary_of_one_run(made: StudyPaths) -> None:
     assert [one[b] for b in ("payload_up", "header_up", "payload_down", "header_down")] == [
         6 * n for n in (3 * MIB, 1024, 4 * MIB, 2048)
     ]
-    assert one["predicted_peak"] == 19 * MIB
+    assert (one["predicted_peak"], one["phases"], one["over_budget"]) == (19 * MIB, 1, 0)
     assert one["client_accuracy"] == pytest.approx(0.53) and one["client_spread"] == pytest.approx(0.1)
     assert one["personal_accuracy"] is None and one["personal_spread"] is None
     assert summary(load(made.runs[3].folder))["personal_accuracy"] == pytest.approx(0.9)
@@ -374,6 +378,30 @@ def test_report_is_self_contained_and_whole(made: StudyPaths) -> None:
     assert "2026-01-01" not in html
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"budgets": {}}, "No client has a memory limit."),
+        (
+            {},
+            "Memory budgets: 5 MiB for 2 clients, 7 MiB for 2 clients, 10 MiB for 2 clients and 20 MiB for 2 clients.",
+        ),
+        (
+            {"budgets": {"scenario": "surplus"}, "budget": "off"},
+            "Memory budgets (scenario surplus): width 1/6 for 2 clients, width 1/3 for 2 clients, width 0.5 for 2"
+            " clients and fraction 2 for 2 clients. A width stands for what training a model of that width needs. A"
+            " fraction is one of what training the full model needs. They limit nothing.",
+        ),
+        (
+            {"budgets": {"devices": [{"name": "phone", "bytes": "0.5GiB", "share": 1}]}, "budget": "warn"},
+            "Memory budgets: phone (512 MiB) for 8 clients. What is over its budget goes on and is marked.",
+        ),
+    ],
+)
+def test_report_says_what_budgets_there_are(keys: dict[str, Any], said: str) -> None:
+    assert report.statement(small_study([0], **keys)).endswith(said)
+
+
 def test_report_says_who_was_left_out_and_how_to_run_again(made: StudyPaths) -> None:
     html = unescape(made.report.read_text())
     out = "6 of 8 clients left out (budgets of 5 MiB, 7 MiB and 10 MiB, 18 MiB needed); 1 of 4 rounds idle"
@@ -383,7 +411,7 @@ def test_report_says_who_was_left_out_and_how_to_run_again(made: StudyPaths) -> 
     assert "<pre>fedpipe run small_study.yaml</pre>" in html
     for text in re.findall(r"</summary><pre>(.*?)</pre>", html, re.DOTALL):
         assert Study.model_validate(yaml.safe_load(text)) == made.study
-    measured = ["fedepth", "p3", "1", "20.00", "19.00", "18.62", "0.980", "3"]
+    measured = ["fedepth", "p3", "1", "20.00", "19.00", "18.62", "0.980", "2.00", "3"]
     assert "".join(f"<td>{c}</td>" for c in measured) in html
 
 

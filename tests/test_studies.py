@@ -17,7 +17,7 @@ from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.fingerprint import fingerprint
 from fedpipe.paths import RunPaths, StudyPaths
-from fedpipe.report.results import BYTES
+from fedpipe.report.summaries import BYTES
 from fedpipe.steps.evaluate import SCHEMA as METRICS
 from fedpipe.steps.select import run as select_step
 from fedpipe.stopping import Watch, look

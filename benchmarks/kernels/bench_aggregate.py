@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import DEVICE, SMALL, Call, N, Row, compiled, run
+from rows import DEVICE, SMALL, Call, N, Row, compiled, run, unpacked
 from torch import Tensor
 
 from fedpipe.kernels import bits
@@ -31,13 +31,29 @@ def eager(old: Tensor, values: list[Tensor], masks: list[Tensor]) -> Tensor:
 
 def from_words(old: Tensor, values: list[Tensor], words: list[Tensor]) -> Tensor:
     """All clients in one expression, with the mask format of the kernel, for a compiler to fuse."""
-    bit = torch.arange(32, device=old.device)
     total, count = torch.zeros_like(old), torch.zeros_like(old)
     for x, w in zip(values, words, strict=True):
-        m = ((w[:, None] >> bit) & 1).flatten()[: old.numel()].to(old.dtype)
+        m = unpacked(w, old.numel()).to(old.dtype)
         total = total + x * m
         count = count + m
     return torch.where(count > 0, total / count, old)
+
+
+def dense(n: int) -> tuple[Call, dict[str, Call]]:
+    """torch may sum in float32; "float64" is the same sum at our precision."""
+    old, values, _ = clients(n, 1.0)
+    parts = [Part(x, 1.0) for x in values]
+
+    def summed(dtype: torch.dtype) -> Tensor:
+        total = torch.zeros_like(old, dtype=dtype)
+        for x in values:
+            total.add_(x)
+        return total.div_(CLIENTS).to(old.dtype)
+
+    return lambda: weighted_mean(old, parts), {
+        "eager": lambda: summed(torch.float32),
+        "float64": lambda: summed(torch.float64),
+    }
 
 
 def masked(n: int) -> tuple[Call, dict[str, Call]]:
@@ -46,6 +62,7 @@ def masked(n: int) -> tuple[Call, dict[str, Call]]:
     parts = [Part(x, 1.0, w) for x, w in zip(values, words, strict=True)]
     return lambda: weighted_mean(old, parts), {
         "eager": lambda: eager(old, values, masks),
+        "words": lambda: eager(old, values, [unpacked(w, n) for w in words]),
         "compile": compiled(from_words, old, values, words),
     }
 
@@ -55,10 +72,13 @@ def sparse(n: int) -> tuple[Call, dict[str, Call]]:
     few = [x[m] for x, m in zip(values, masks, strict=True)]
     parts = [Part(x, 1.0, bits.pack(m), sparse=True) for x, m in zip(few, masks, strict=True)]
 
-    def decoded() -> Tensor:
+    def decoded(masks: list[Tensor]) -> Tensor:
         return eager(old, [torch.zeros_like(old).masked_scatter_(m, x) for x, m in zip(few, masks, strict=True)], masks)
 
-    return lambda: weighted_mean(old, parts), {"eager": decoded}
+    return lambda: weighted_mean(old, parts), {
+        "eager": lambda: decoded(masks),
+        "words": lambda: decoded([unpacked(p.mask, n) for p in parts if p.mask is not None]),
+    }
 
 
 def window(n: int) -> tuple[Call, dict[str, Call]]:
@@ -83,6 +103,7 @@ def window(n: int) -> tuple[Call, dict[str, Call]]:
 LARGE = N if DEVICE == "cuda" else N // 4
 LIMITS = {"copies": 6.84, "eager": 5.0, "compile": 0.97}
 ROWS = [
+    Row("mean of 10, dense", dense, lambda n: bytes_moved(n, CLIENTS, masked=False), n=LARGE),
     Row("mean of 10, masked", masked, lambda n: bytes_moved(n, CLIENTS), n=LARGE, limits=LIMITS),
     Row("mean of 10, sparse 0.1", sparse, lambda n: bytes_moved(n, CLIENTS, density=0.1), n=LARGE),
     Row("mean of 10, windows", window, lambda n: bytes_moved(n, CLIENTS, masked=False, density=0.25), n=LARGE),

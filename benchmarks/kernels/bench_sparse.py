@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import DEVICE, SMALL, Call, Row, compiled, run
+from rows import DEVICE, SMALL, Call, Row, compiled, run, unpacked
 
 from fedpipe.kernels import bits, sparse
 
@@ -22,6 +22,7 @@ def encode(n: int) -> tuple[Call, dict[str, Call]]:
     return lambda: sparse.encode(x, words), {
         "eager": lambda: x[mask],
         "nonzero": lambda: x[mask.nonzero().squeeze(1)],
+        "words": lambda: x[unpacked(words, n)],
     }
 
 
@@ -54,10 +55,14 @@ def decode(n: int) -> tuple[Call, dict[str, Call]]:
         out[mask] = values
         return out
 
+    def spread(values: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(n, device=DEVICE).masked_scatter_(unpacked(words, n), values)
+
     return lambda: sparse.decode(values, words, n), {
         "eager": assigned,
         "masked_scatter": lambda: torch.zeros(n, device=DEVICE).masked_scatter_(mask, values),
-        "compile": compiled(sparse.reference.decode, values, words, n),
+        "words": lambda: spread(values, words),
+        "compile": compiled(spread, values, words),
     }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from rows import DEVICE, SMALL, Call, Row, compiled, run
+from rows import DEVICE, SMALL, Call, Row, compiled, run, unpacked
 from torch import Tensor
 
 from fedpipe.kernels import bits
@@ -16,7 +16,6 @@ TENSORS = 100  # a model's, for torch's calls over lists
 
 def fusable(x: Tensor, g: Tensor, words: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor | None) -> None:
     """The step with the same mask of bits, for torch.compile to make one kernel of."""
-    keep = ((words[:, None] >> torch.arange(32, dtype=torch.int32, device=x.device)) & 1).flatten()[: len(x)] != 0
     d = g.float()
     if h is not None:
         d = d - h.float()
@@ -24,7 +23,7 @@ def fusable(x: Tensor, g: Tensor, words: Tensor, h: Tensor | None, a: Tensor | N
         d = d + MU * (x - a)
     if b is not None:
         d = b.copy_(MOMENTUM * b + (d + DECAY * x))
-    x.copy_(torch.where(keep, x - LR * d, 0.0))
+    x.copy_(torch.where(unpacked(words, len(x)), x - LR * d, 0.0))
 
 
 def eager(x: Tensor, g: Tensor, mask: Tensor, h: Tensor | None, a: Tensor | None, b: Tensor | None) -> None:
@@ -70,6 +69,7 @@ def make(n: int, variate: bool = True, anchor: bool = False, momentum: bool = Fa
     ]
     return lambda: step_(x, g, LR, mask=packed, variate=h, anchor=a, mu=MU if anchor else 0.0, buffer=b, **numbers), {
         "eager": lambda: eager(x, g, mask, h, a, b),
+        "words": lambda: eager(x, g, unpacked(packed, n), h, a, b),
         **({"foreach": lambda: foreach(*parts)} if lists else {}),
         "compile": compiled(fusable, x, g, packed, h, a, b),
     }

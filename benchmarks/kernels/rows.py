@@ -46,6 +46,11 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Call:
     return call
 
 
+def unpacked(words: torch.Tensor, n: int) -> torch.Tensor:
+    """The bool mask of words in the shortest expression: what a baseline with our format of masks begins with."""
+    return ((words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1).flatten()[:n] != 0
+
+
 def once(call: Call) -> tuple[float, float]:
     """Seconds of one call on the device and as its caller waits for it.
 

@@ -1,8 +1,10 @@
 """The peak memory of code as torch's allocator saw it: the profiler's records on a CPU, its own count on CUDA."""
 
 import os
+import re
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -10,15 +12,21 @@ from torch import Tensor
 
 from fedpipe.memory.predict import tensor_bytes
 
+BESIDE = ("resident", "reserved", "device")
+
 
 class Peak:
     """Measures the code in its block: `bytes` is that of the tensors `held` before it, plus the largest rise inside.
 
     with Peak(at.values()) as peak:
         train(at)
-    peak.bytes
+    peak.bytes, peak.beside
 
-    It sees what torch's allocator hands out, as it was asked for. It does not see memory that libraries take by
+    `beside` holds what else there is to know in bytes, None where there is no such thing: `resident`, by how much the
+    process's resident set grew at most; on CUDA `reserved`, the most the allocator had taken from the device, and
+    `device`, what of the device is in use at the end, by whatever.
+
+    `bytes` sees what torch's allocator hands out, as it was asked for. It does not see memory that libraries take by
     themselves (packed operands of matrix products, threads' stacks), numpy's arrays or Python's objects, nor what is
     reserved and not handed out. On a CPU every operation is recorded: a step of a tiny model takes about three times
     as long, and the records grow with the block, so measure a phase, not a study. One block at a time: profilers do
@@ -28,11 +36,14 @@ class Peak:
     def __init__(self, held: Iterable[Tensor] = (), device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         self.bytes = 0
+        self.beside: dict[str, int | None] = dict.fromkeys(BESIDE)
         self._held = tensor_bytes(held)
         self._start = 0
+        self._resident: int | None = None
         self._profile: Any = None
 
     def __enter__(self) -> Self:
+        self._resident = _reset_resident()
         if self.device.type == "cuda":
             _warm(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -47,11 +58,33 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             rise = torch.cuda.max_memory_allocated(self.device) - self._start
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.beside |= {"reserved": torch.cuda.max_memory_reserved(self.device), "device": total - free}
         else:
             self._profile.__exit__(*error)
             rise = _largest_rise(self._profile)
             self._profile = None
         self.bytes = self._held + rise
+        most = _status("VmHWM")
+        if self._resident is not None and most is not None:
+            self.beside["resident"] = max(0, most - self._resident)
+
+
+def _reset_resident() -> int | None:
+    """Bytes resident now, from which the highest is counted anew; None where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    try:
+        found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 @cache

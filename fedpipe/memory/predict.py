@@ -1,14 +1,11 @@
 """The peak memory of code, from running it on fake tensors: shapes and lifetimes are real, nothing is computed or held.
 
-Counted are the storages of all tensors alive, each once, from its making until its last reference dies, and what a
-convolution allocates for itself while it runs on a CPU (`workspace`). Not counted: temporaries inside other
+Counted are the storages of all tensors alive, each once, from its making until its last reference dies, and what
+convolutions and norms allocate for themselves while they run (`workspace`). Not counted: temporaries inside other
 operations, libraries that do not use torch's allocator, Python's own objects. On CUDA sizes are rounded up to the
-allocator's 512 bytes, and workspaces of cuBLAS and cuDNN are not counted.
+allocator's 512 bytes, and workspaces of cuDNN are not counted.
 
-Against the allocator's records on a CPU (AVX-512, one thread): steps of PreResNet-20 with batches of 8 to 128 of 16x16
-and 32x32 images, widths 1 to 0.165, whole or single blocks, SGD with momentum and AdamW, are predicted to the byte but
-for up to +4 % with batches of 8 and fewer. Two threads take up to 0.4 % more than predicted there; AVX2 takes less, in
-single narrow blocks by a quarter.
+How far predictions are from the allocator's records: benchmarks/memory.
 """
 
 import gc
@@ -30,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fedpipe.errors import FedpipeError
+from fedpipe.memory.parts import KINDS, Parts, Record, Stage, kind_of, parts
 from fedpipe.memory.workspace import workspace
 from fedpipe.types import Tensors
 
@@ -47,9 +45,11 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass
 class Span:
-    """Peak bytes of a block of code: what is held before it, and the largest rise above that. Final at its end."""
+    """A block of code: the bytes of its peak, what is held before it and the largest rise above that, and what that
+    is made of. Final at its end."""
 
     bytes: int
+    parts: Parts = Parts()
 
 
 class _Live(TorchDispatchMode):
@@ -57,23 +57,49 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.now = self.peak = self.moment = 0
+        self.tick = 0  # changes so far
+        self.records: list[Record] = []
+        self.turns: list[tuple[int, Stage]] = [(0, "forward")]
+        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, _bytes(storage)
         if key not in self._alive:
-            self._alive[key] = weakref.ref(storage, lambda _: self._drop(key, size))
+            if torch.is_grad_enabled() and not _in_backward():
+                self.turn("forward")
+            self.tick += 1
+            record = Record(size, self.tick, self.turns[-1][1])
+            self.records.append(record)
+            self._alive[key] = (weakref.ref(storage, lambda _: self._drop(key)), record)
             self.now += size
-            self.peak = max(self.peak, self.now)
+            self.rise(self.now)
 
-    def _drop(self, key: int, size: int) -> None:
-        del self._alive[key]
-        self.now -= size
+    def rise(self, to: int) -> None:
+        if to > self.peak:
+            self.peak, self.moment = to, self.tick
+
+    def turn(self, stage: Stage) -> None:
+        if self.turns[-1][1] != stage:
+            self.tick += 1
+            self.turns.append((self.tick, stage))
+
+    def of(self, tensor: Tensor) -> Record:
+        return self._alive[tensor.untyped_storage()._cdata][1]
+
+    def _drop(self, key: int) -> None:
+        record = self._alive.pop(key)[1]
+        self.tick += 1
+        record.died = self.tick
+        self.now -= record.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.now
+        if _in_backward():
+            self.turn("backward")
+        elif self.turns[-1][1] == "backward":
+            self.turn("update")
         try:
             out = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -85,11 +111,15 @@ class _Live(TorchDispatchMode):
             raise FedpipeError(
                 f"memory: {func} makes a tensor whose size depends on values, so no peak can be predicted"
             ) from None
-        self.peak = max(self.peak, before + workspace(func, args, out))
+        self.rise(before + workspace(func, args, out))
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.add(t)
         return out
+
+
+def _in_backward() -> bool:
+    return torch._C._current_autograd_node() is not None
 
 
 class Trace:
@@ -139,16 +169,29 @@ class Trace:
         }
 
     @contextmanager
-    def span(self, held: Iterable[Tensor] = ()) -> Iterator[Span]:
-        """The peak of the block: bytes of `held`, tensors that exist before it, and the largest rise inside it."""
-        live, span = self._live, Span(tensor_bytes(held))
-        outer, start = live.peak, live.now
-        live.peak = start
+    def span(self, held: Tensors) -> Iterator[Span]:
+        """The peak of the block: bytes of `held`, tensors that exist before it, and the largest rise inside it.
+
+        Of `held`, `model/*` are parameters, `optimizer/*` its state; other names are a method's state.
+        """
+        live, span = self._live, Span(tensor_bytes(held.values()))
+        outer, start, first = (live.peak, live.moment), live.now, len(live.records)
+        live.peak, live.moment = start, live.tick
         try:
             yield span
         finally:
             span.bytes += live.peak - start
-            live.peak = max(outer, live.peak)
+            span.parts = self._parts(held, first, span.bytes)
+            live.peak, live.moment = max(outer, (live.peak, live.moment))
+
+    def _parts(self, held: Tensors, first: int, total: int) -> Parts:
+        live, sizes = self._live, dict.fromkeys(KINDS, 0)
+        for name, one in {id(live.of(t)): (n, live.of(t)) for n, t in held.items()}.values():
+            sizes[kind_of(name)] += one.bytes
+        for kind, size in parts(live.records[first:], live.turns, live.moment).items():
+            sizes[kind] += size
+        sizes["workspace"] = total - sum(sizes.values())
+        return Parts(**sizes)
 
 
 def traced_peak(fn: Callable[[Tensors], Any], tensors: Tensors) -> int:

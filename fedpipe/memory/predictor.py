@@ -9,7 +9,9 @@ import pyarrow as pa
 import torch
 
 from fedpipe.client import Client
+from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.memory.predict import Span, Trace
+from fedpipe.memory.stretch import Ranges
 from fedpipe.plans import key
 from fedpipe.types import Batch, Phase, Plan, Tensors
 
@@ -24,43 +26,50 @@ class Predictor:
 
     def __init__(self, runtime: "Runtime"):
         self.runtime = runtime
-        self.known: dict[str, int] = {}
+        self.known: dict[str, Parts] = {}
+        self.ranges: Ranges = {}
 
     def peaks(self, plan: Plan) -> list[int]:
+        return [p.peak for p in self.parts(plan)]
+
+    def parts(self, plan: Plan) -> list[Parts]:
+        """What the peak of each phase is made of."""
         plan = self.runtime.levelled(plan)
         return [self._phase(replace(plan, phases=(phase,))) for phase in plan.phases]
 
     def remember(self, predictions: pa.Table) -> dict[float, int]:
-        """Take the peaks of `prediction.parquet`; returns the bytes of the widths budgets are named after."""
+        """Take the peaks of `prediction.parquet` as known; returns the bytes of the widths budgets are named after."""
         rows = predictions.to_pylist()
-        self.known |= {r["candidate"]: r["peak"] for r in rows if r["kind"] == "candidate"}
+        self.known |= {r["candidate"]: Parts(**{k: r[k] for k in KINDS}) for r in rows if r["kind"] == "candidate"}
+        for r in (r for r in rows if r["kind"] == "range"):
+            self.ranges.setdefault((r["first"], r["last"]), {})[r["level"]] = r["peak"]
         return {r["width"]: r["peak"] for r in rows if r["kind"] == "budget"}
 
-    def _phase(self, plan: Plan) -> int:
+    def _phase(self, plan: Plan) -> Parts:
         name = candidate(plan)
         if name not in self.known:
             self.known[name] = self._trace(plan)
         return self.known[name]
 
-    def _trace(self, plan: Plan) -> int:
+    def _trace(self, plan: Plan) -> Parts:
         rt = self.runtime
         size, shape = rt.run.local.batch, rt.data.shape
 
         def load(rows: None, size: int) -> Batch:
-            x = torch.empty(size, *shape, dtype=rt.dtype)
-            return {"x": x, "y": torch.zeros(size, dtype=torch.long), "w": torch.empty(size, dtype=rt.dtype)}
+            x, w = (torch.empty(size, *s, dtype=rt.dtype, device=rt.device) for s in (shape, ()))
+            return {"x": x, "y": torch.zeros(size, dtype=torch.long, device=rt.device), "w": w}
 
         rt.chain(plan)  # built before the trace, of real values
         received = rt.received(plan, rt.state0)
         spans: list[Span] = []
 
         @contextmanager
-        def probe(index: int, held: list[torch.Tensor]) -> Iterator[None]:
+        def probe(index: int, held: Tensors) -> Iterator[None]:
             with trace.span(held) as span:
                 yield
             spans.append(span)
 
-        with Trace() as trace:
+        with Trace(rt.device.type) as trace:
             at: Tensors = trace.fake(received)
             client = Client(
                 ctx=rt.ctx(client=0, samples=size),
@@ -71,7 +80,7 @@ class Predictor:
             )
             del at
             rt.loop(probe).train([client], plan)
-        return spans[0].bytes
+        return spans[0].parts
 
 
 def candidate(plan: Plan) -> str:

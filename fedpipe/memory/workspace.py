@@ -1,12 +1,13 @@
-"""What a convolution allocates for itself while it runs on a CPU, as the allocator's records show it.
+"""What operations allocate for themselves while they run, by the allocator's records: on a CPU, but for cuBLASLt.
 
-float32 by oneDNN: the operands are copied into blocks of channels, the result is made in blocks and copied out; the
-gradient of the input is made first and held while that of the weight is made. The rules below are those of AVX-512
-(blocks of 16 channels, 8 for the weight's gradient of narrow layers); AVX2 has blocks of 8 and takes no more. Where
-torch takes its own convolution (float64, single images, few 1x1 filters) it unfolds the columns of the whole batch
-into one matrix.
+Convolutions of float32 are oneDNN's: the operands are copied into blocks of channels, the result is made in blocks and
+copied out; the gradient of the input is made first and held while that of the weight is made. Blocks have 16 channels
+with AVX-512 (8 for the weight's gradient of narrow layers), 8 with AVX2. Where torch takes its own convolution
+(float64, single images, few 1x1 filters) it unfolds the columns of the whole batch into one matrix. The backward of a
+batch norm makes the gradient of its input twice.
 """
 
+import os
 from math import prod
 from typing import Any
 
@@ -14,9 +15,18 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-BLOCK, HALF = 16, 8
+
+
+def _block() -> int:
+    """Channels that fill a register of the instructions oneDNN takes."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return 16 if torch.cpu._is_avx512_supported() and most.startswith(("AVX512", "AVX10", "DEFAULT", "ALL")) else 8
+
+
+BLOCK, HALF = _block(), 8
 STRIDED = 53_272  # bytes of scratch seen at most for the gradient of a strided convolution's input
-PLAIN = 3  # channels up to which the weight's gradient reads images as they are
+LT = 2**20  # bytes cuBLASLt takes for a product with a bias, and gives back (seen on an H200, torch 2.11)
+PLAIN = 3  # channels up to which the weight's gradient takes images, and its own, as they are
 
 
 def workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
@@ -36,11 +46,29 @@ def workspace(func: Any, args: tuple[Any, ...], out: Any) -> int:
             return _onednn_backward(x, w, grad, geometry, groups, mask)
         made = (x.nbytes if mask[0] else 0) + (w.nbytes if mask[1] else 0)
         return (2 if groups > 1 else 1) * made + _columns(x, w, grad, groups)
+    if func is aten.addmm.default and args[1].device.type == "cuda":
+        return out.nbytes + LT
+    if func is aten.native_batch_norm_backward.default:
+        return _norm_backward(args[0], args[1], args[-1], out)
     return 0
 
 
 def _onednn(x: Tensor, w: Tensor, bias: Tensor | None, geometry: list[Any], groups: int) -> bool:
     return torch._C._select_conv_backend(x, w, bias, *geometry, groups).name.startswith("Mkldnn")
+
+
+def _norm_backward(grad: Tensor, x: Tensor, mask: list[bool], out: Any) -> int:
+    """The gradient of the input is allocated, then allocated anew where both are contiguous in the same order."""
+    if x.device.type != "cpu" or not mask[0] or not (_order(grad) and _order(grad) == _order(x)):
+        return 0
+    return x.nbytes + sum(t.nbytes for t in out if t is not None)
+
+
+def _order(t: Tensor) -> str | None:
+    """In which order of dimensions a tensor is contiguous."""
+    if t.is_contiguous():
+        return "channels first"
+    return "channels last" if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def _fill(count: int, block: int = BLOCK) -> int:
@@ -57,10 +85,11 @@ def _depthwise(w: Tensor, groups: int) -> bool:
     return groups > 1 and groups == w.shape[0] and w.shape[1] == 1
 
 
-def _blocked_weight(w: Tensor, groups: int) -> int:
+def _blocked_weight(w: Tensor, groups: int, block: int = BLOCK) -> int:
     if _depthwise(w, groups):
         return _fill(groups) * prod(w.shape[2:]) * w.element_size()
-    return groups * _fill(w.shape[0] // groups) * _fill(w.shape[1]) * prod(w.shape[2:]) * w.element_size()
+    channels = groups * _fill(w.shape[0] // groups, block) * _fill(w.shape[1], block)
+    return channels * prod(w.shape[2:]) * w.element_size()
 
 
 def _gathered(x: Tensor, w: Tensor, out: Tensor, geometry: list[Any]) -> int:
@@ -85,14 +114,20 @@ def _onednn_backward(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], gr
         read = grad.nbytes + STRIDED if strided else _blocked(grad)
         to_x = max(read + weight + made, (1 + strided) * made + kept)
     if mask[1]:
-        filters, (out, inward) = prod(w.shape[2:]) > 1 and groups == 1, w.shape[:2]
-        narrow = filters and PLAIN < inward <= HALF
-        read = 0 if filters and inward <= PLAIN else _blocked(x, HALF if narrow else BLOCK)
-        read += _blocked(grad, HALF if narrow and out <= HALF else BLOCK)
-        to_w = kept + max(read + weight + _gathered(x, w, grad, geometry), weight + w.nbytes)
-        if _depthwise(w, groups) and any(a < b for a, b in zip(x.shape[2:], w.shape[2:], strict=True)):
-            to_w = kept + 5 * weight + 400  # images smaller than the filters are read as they are
+        to_w = kept + _to_weight(x, w, grad, geometry, groups)
     return max(to_x, to_w)
+
+
+def _to_weight(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], groups: int) -> int:
+    """What the weight's gradient takes: both operands in blocks, and the result in blocks and copied out."""
+    filters, inward = prod(w.shape[2:]) > 1 and groups == 1, w.shape[1]
+    if filters and inward <= PLAIN:
+        return _blocked(grad) + _fill(w.shape[0]) * prod(w.shape[1:]) * w.element_size()
+    block = HALF if filters and inward < BLOCK else BLOCK
+    weight = _blocked_weight(w, groups, block)
+    if _depthwise(w, groups) and any(a < b for a, b in zip(x.shape[2:], w.shape[2:], strict=True)):
+        return 5 * weight + 400  # images smaller than the filters are read as they are
+    return weight + max(_blocked(x, block) + _blocked(grad, block) + _gathered(x, w, grad, geometry), w.nbytes)
 
 
 def _columns(x: Tensor, w: Tensor, out: Tensor, groups: int) -> int:

@@ -4,14 +4,19 @@ A client cuts the chain of units into blocks that its memory holds, in depth ord
 in every round: block j with all before it frozen, through a parameter-free link (subsample, zero-pad) into the shared
 head phi, min over (theta_j, phi) of CE(phi(link(z_j)), y). Units after block j do not run. The head is live in every
 block and keeps its optimizer state from block to block; the stem is trained with the first block. Everything is sent
-and averaged by samples. A client that holds all units in one block is FedAvg's.
+and averaged by samples. A client that holds all units in one block is FedAvg's. `blocks: bytes` are the fewest whose
+predicted peaks fit the budget; `paper` the published ones, by activation counts for the budget's ratio, whatever they
+take in bytes.
 """
 
+from collections.abc import Sequence
+
 from fedpipe.context import PlanCtx
+from fedpipe.errors import FedpipeError
 from fedpipe.types import Method, Phase, Plan
 
 
-def phases(ctx: PlanCtx, blocks: list[tuple[str, ...]]) -> tuple[Phase, ...]:
+def phases(ctx: PlanCtx, blocks: Sequence[tuple[str, ...]]) -> tuple[Phase, ...]:
     """One phase per block; alone, a block that ends the chain needs no `upto`."""
     out = []
     for j, block in enumerate(blocks):
@@ -21,24 +26,16 @@ def phases(ctx: PlanCtx, blocks: list[tuple[str, ...]]) -> tuple[Phase, ...]:
     return tuple(out)
 
 
-def decompose(ctx: PlanCtx) -> list[tuple[str, ...]] | None:
-    """Greedy in depth order: extend the block while its predicted peak stays within the budget; None when one unit
-    alone does not fit."""
-    blocks: list[tuple[str, ...]] = []
-    for unit in ctx.units:
-        longer = (*blocks[-1], unit) if blocks else (unit,)
-        if blocks and ctx.fits(Plan(phases=phases(ctx, [longer]))):
-            blocks[-1] = longer
-        elif ctx.fits(Plan(phases=phases(ctx, [(unit,)]))):
-            blocks.append((unit,))
-        else:
-            return None
-    return blocks
-
-
 def plan(ctx: PlanCtx) -> Plan | None:
-    blocks = decompose(ctx)
-    return Plan(phases=phases(ctx, blocks)) if blocks else None
+    def build(blocks: Sequence[tuple[str, ...]]) -> Plan:
+        return Plan(phases=phases(ctx, blocks))
+
+    if ctx.h["blocks"] == "bytes":
+        return ctx.fewest(build)
+    if ctx.h["blocks"] != "paper":
+        raise FedpipeError(f"methods.fedepth.blocks: {ctx.h['blocks']!r}; wanted bytes or paper")
+    blocks, unfit = ctx.greedy()
+    return build(blocks) if blocks and not unfit else None
 
 
-method = Method(name="fedepth", plan=plan)
+method = Method(name="fedepth", h={"blocks": "bytes"}, plan=plan)

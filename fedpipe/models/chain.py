@@ -66,20 +66,29 @@ class Chain(nn.Module):
                 module.training = mode
         return tuple(x.shape[1:])
 
-    def forward(self, x: Tensor, upto: str | None = None, policy: Policy | None = None) -> Tensor:
-        """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run)."""
+    def forward(
+        self,
+        x: Tensor,
+        upto: str | None = None,
+        policy: Policy | None = None,
+        since: str | None = None,
+        head: bool = True,
+    ) -> Tensor:
+        """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run).
+
+        since: x is that unit's output, and the units behind it run; head=False: the result is the last unit's output.
+        """
+        body = self.names[:-1]
         if upto is not None and upto not in self.names:
             raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
-        units = list(self.names[: -1 if upto is None else self.names.index(upto) + 1])
-        if upto == self.names[-1]:
-            units.pop()
-        last = units[-1]
+        last = upto if upto in body else body[-1]
+        units = list(body[body.index(since) + 1 if since else 0 : body.index(last) + 1])
         while units:
             end = policy.end(units[0]) if policy else None
             count = units.index(end) + 1 if end in units else len(units) if end else 1
             x = self._again(units[:count], x) if end else self._unit(units[0], x, policy)
             del units[:count]
-        return self._modules[self.names[-1]](self.link(x, last))  # type: ignore[misc]
+        return self._modules[self.names[-1]](self.link(x, last)) if head else x  # type: ignore[misc]
 
     def _unit(self, name: str, x: Tensor, policy: Policy | None) -> Tensor:
         unit, level = self._modules[name], policy.level(name) if policy else 0

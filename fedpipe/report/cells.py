@@ -12,8 +12,14 @@ NOTE = (
     "Mean over seeds with its 95 % t-interval in brackets; difference: paired over seeds against the first method,"
     " * where its interval excludes 0. Clients: mean and standard deviation over clients of the server's model."
     " Bytes are the lengths of messages, up / down, summed over clients and rounds."
-    " Counts and bytes are means over seeds, predicted peaks the largest."
+    " Counts and bytes are means over seeds, phases (of a client in a round) and predicted peaks the largest."
 )
+OVER = "†"
+FOOT = f" {OVER} over a client's budget; counted are pairs of client and phase whose prediction is."
+# Columns that stand there only where a cell says something: more than this, and more than an empty one.
+OPTIONAL = dict.fromkeys(("Failed updates", "Lost updates", "Over budget", "Largest excess (%)"), "0")
+OPTIONAL |= {"Platforms": "1", "Personal (%)": "", "Target reached": ""}
+OPTIONAL |= dict.fromkeys(("Rounds to target", "Bytes to target (MiB)", "Time to target (s)"), "")
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
@@ -39,6 +45,16 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 def amount(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}".removesuffix(".0")
+
+
+def over(excess: float | None) -> str:
+    """The mark of a figure that is over a budget by some excess."""
+    return f" {OVER}" if excess else ""
+
+
+def note(shown: "Shown") -> str:
+    """What is said below a table."""
+    return NOTE + (FOOT if any(OVER in cell for row in shown.rows for cell in row) else "")
 
 
 def _interval(r: Row, column: str, scale: float = 100, digits: int = 2, sign: str = "") -> str:
@@ -83,16 +99,18 @@ def _cells(r: Row) -> dict[str, str]:
         "Platforms": amount(r["platforms"]),
         "Payload up / down (MiB)": _pair(r, "payload"),
         "Headers up / down (MiB)": _pair(r, "header"),
-        "Predicted peak (MiB)": mib(r["predicted_peak"]),
+        "Phases": amount(r["phases"]),
+        "Predicted peak (MiB)": mib(r["predicted_peak"]) + over(r["over_budget"]),
+        "Over budget": amount(r["over_budget"]),
     }
 
 
 def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
     """The final table as text, with measured peaks and time where observations are given.
 
-    "Personal" stands there only when some method has personal models, "Failed updates" and "Lost updates" only when
-    some were, "Platforms" only when a run went on where another platform gives other bits, "Target reached" only
-    where the study has a target.
+    "Personal" stands there only when some method has personal models, "Failed updates", "Lost updates", "Over budget"
+    and "Largest excess" only when some were, "Platforms" only when a run went on where another platform gives other
+    bits, "Target reached" only where the study has a target.
     """
     rows = [_cells(r) for r in table.to_pylist()]
     if observed is not None:
@@ -100,13 +118,13 @@ def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
         for cells in rows:
             o = by_label.get(cells["Method"], {})
             ratio, seconds, until = o.get("peak_ratio"), o.get("seconds"), o.get("seconds_to_target")
-            cells["Measured peak (MiB)"] = mib(o.get("measured_peak"))
+            excess = o.get("peak_excess")
+            cells["Measured peak (MiB)"] = mib(o.get("measured_peak")) + over(excess)
+            cells["Largest excess (%)"] = percent(excess, 1) if excess else amount(excess)
             cells["Measured / predicted"] = "" if ratio is None else f"{ratio:.3f}"
             cells["Time (s)"] = "" if seconds is None else f"{seconds:.1f}"
             cells["Time to target (s)"] = "" if until is None else f"{until:.1f}"
-    optional = {"Personal (%)": "", "Failed updates": "0", "Lost updates": "0", "Platforms": "1", "Target reached": ""}
-    optional |= dict.fromkeys(("Rounds to target", "Bytes to target (MiB)", "Time to target (s)"), "")
-    headers = [h for h in rows[0] if h not in optional or any(r[h] != optional[h] for r in rows)]
+    headers = [h for h in rows[0] if h not in OPTIONAL or any(r[h] not in ("", OPTIONAL[h]) for r in rows)]
     return Shown(headers, [[r[h] for h in headers] for r in rows])
 
 
@@ -125,9 +143,9 @@ def markdown(shown: Shown, note: str) -> str:
 
 
 def tex_escape(text: str) -> str:
-    """Text as LaTeX sets it literally; `±` as a formula, so that any engine has it."""
+    """Text as LaTeX sets it literally; `±` and `†` as formulas, so that any engine has them."""
     escaped = re.sub(r"[\\~^]|([&%$#_{}])", lambda m: rf"\{m[1]}" if m[1] else _TEX[m[0]], text)
-    return escaped.replace("±", r"$\pm$")
+    return escaped.replace("±", r"$\pm$").replace(OVER, r"$\dagger$")
 
 
 def latex(shown: Shown, note: str) -> str:

@@ -125,19 +125,19 @@ def _accuracy_curve(points: pa.Table, x: str, scale: float, xlabel: str) -> "Fig
 
 @styled
 def accuracy_over_rounds(points: pa.Table) -> "Figure":
-    """Accuracy of the server's model over rounds (table of schema results.CURVES)."""
+    """Accuracy of the server's model over rounds (table of schema summaries.CURVES)."""
     return _accuracy_curve(points, "round", 1, "round")
 
 
 @styled
 def accuracy_over_bytes(points: pa.Table) -> "Figure":
-    """Accuracy of the server's model over the bytes sent until then (table of schema results.CURVES)."""
+    """Accuracy of the server's model over the bytes sent until then (table of schema summaries.CURVES)."""
     return _accuracy_curve(points, "sent", 2**20, "sent up and down by all clients until then (MiB, headers included)")
 
 
 @styled
 def client_distribution(clients: pa.Table) -> "Figure":
-    """Final accuracy of every client, all seeds together (table of schema results.CLIENTS)."""
+    """Final accuracy of every client, all seeds together (table of schema summaries.CLIENTS)."""
     labels = _labels(clients)
     figure, ax = _axes(1.3 + 0.75 * max(1, len(labels)))
     rows = [r for r in clients.to_pylist() if r["accuracy"] is not None]

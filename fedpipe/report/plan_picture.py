@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+# what a bar is made of, from the left: kinds of `memory.Parts`, and their colour
+STACK: dict[str, tuple[tuple[str, ...], str]] = {
+    "parameters, method's state": (("parameters", "state"), "#3F4450"),
+    "optimizer": (("optimizer",), "#7C8494"),
+    "gradients": (("gradients",), "#B3B9C5"),
+    "activations": (("activations",), "#2A9D8F"),
+    "temporaries, workspace": (("temporaries", "workspace"), "#A9DCD3"),
+}
 _HATCH: dict[str, Any] = {"facecolor": "white", "edgecolor": "#B9BDC4", "hatch": "////", "linewidth": 0.8}
 
 
@@ -27,6 +35,7 @@ class Group:
     clients: int
     needs: int | None
     phases: list[dict[str, Any]]
+    name: str | None = None  # of the budget, where it is not its size: a device, a width
 
     def trained(self, unit: str) -> list[int]:
         return [i for i, p in enumerate(self.phases) if unit in p["trains"]]
@@ -37,7 +46,10 @@ class Group:
 
     @property
     def title(self) -> str:
-        return "no limit" if self.budget is None else f"{self.budget / MIB:.3g} MiB"
+        if self.budget is None:
+            return "no limit"
+        size = f"{self.budget / MIB:.3g} MiB"
+        return size if self.name is None or self.name.endswith("iB") else f"{self.name}: {size}"
 
     @property
     def subtitle(self) -> str:
@@ -51,12 +63,15 @@ def groups(plans: pa.Table, assignment: pa.Table) -> list[Group]:
     phases: dict[str | None, list[dict[str, Any]]] = {}
     for row in sorted(plans.to_pylist(), key=lambda r: r["phase"]):
         phases.setdefault(row["plan"], []).append(row)
+    names: dict[tuple[Any, ...], str | None] = {}
     together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in first_rows(assignment.to_pylist()):
-        together.setdefault((row["group"], row["budget"], row["plan"]), []).append(row)
+        key = row["group"], row["budget"], row["plan"]
+        together.setdefault(key, []).append(row)
+        names[key] = row.get("name")
     order = sorted(together, key=lambda k: (k[0], k[2] or ""))
     needs = {k: max((r["needs"] for r in together[k] if r["needs"] is not None), default=None) for k in order}
-    return [Group(k[1], len(together[k]), needs[k], phases.get(k[2], [])) for k in order]
+    return [Group(k[1], len(together[k]), needs[k], phases.get(k[2], []), names[k]) for k in order]
 
 
 def _ink(fill: str) -> str:
@@ -121,9 +136,12 @@ def _units(ax: "Axes", rows: list[Group], units: list[str]) -> None:
     ax.spines[:].set_visible(False)
 
 
-def _bar(ax: "Axes", y: float, height: float, size: int, at: float, look: dict[str, Any]) -> None:
-    """A bar of `size` bytes; its figure stands right of `at` bytes."""
-    ax.barh(y, size / MIB, height=height, align="edge", **look)
+def _bar(ax: "Axes", y: float, height: float, shares: list[tuple[int, dict[str, Any]]], at: int) -> None:
+    """A bar of shares in bytes, one after another; the figure of their sum stands right of `at` bytes."""
+    size = 0
+    for share, look in shares:
+        ax.barh(y, share / MIB, left=size / MIB, height=height, align="edge", **look)
+        size += share
     ends: dict[str, Any] = {
         "xytext": (4, 0),
         "textcoords": "offset points",
@@ -137,22 +155,30 @@ def _bar(ax: "Axes", y: float, height: float, size: int, at: float, look: dict[s
 
 
 def _peaks(ax: "Axes", rows: list[Group]) -> None:
-    sizes = [[p["predicted"] for p in g.phases] or ([] if g.needs is None else [g.needs]) for g in rows]
+    """Predicted peaks, by phase, of what they are made of."""
+    bars = [[_shares(p) for p in g.phases] or ([] if g.needs is None else [[(g.needs, _HATCH)]]) for g in rows]
+    sizes = [[sum(size for size, _ in shares) for shares in mine] for mine in bars]
     widest = 1.17 * max([1, *(s for row in sizes for s in row), *(g.budget for g in rows if g.budget is not None)])
     for y, group in enumerate(rows):
         height = min(0.3, 0.78 / max(1, len(sizes[y])))
-        for i, size in enumerate(sizes[y]):
+        for i, (size, shares) in enumerate(zip(sizes[y], bars[y], strict=True)):
             top = y + 0.5 - height * len(sizes[y]) / 2 + i * height
             limit = group.budget or 0
             at = limit if size <= limit < size + 0.13 * widest else size  # else the budget's line would cover it
-            look = {"color": colour(i)} if group.phases else _HATCH
-            _bar(ax, top + 0.06 * height, 0.88 * height, size, at, look)
+            _bar(ax, top + 0.06 * height, 0.88 * height, shares, at)
+            if group.phases:
+                mark: dict[str, Any] = {"fontsize": 8, "va": "center", "ha": "right", "color": INK}
+                ax.text(-0.008 * widest / MIB, top + height / 2, str(i + 1), **mark)
         if group.budget is not None:
             ax.plot([group.budget / MIB] * 2, [y + 0.07, y + 0.93], color=INK, lw=2, solid_capstyle="butt", zorder=5)
     ax.set(ylim=(len(rows), 0), xlim=(0, widest / MIB), xlabel="predicted peak of each phase (MiB)")
     ax.set_yticks([])
     ax.grid(False, axis="y")
     ax.spines["left"].set_visible(False)
+
+
+def _shares(phase: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    return [(sum(phase[k] for k in kinds), {"color": c}) for kinds, c in STACK.values()]
 
 
 def _legend(figure: "Figure", rows: list[Group], units: list[str]) -> None:
@@ -169,10 +195,13 @@ def _legend(figure: "Figure", rows: list[Group], units: list[str]) -> None:
         handles, names = [*handles, Patch(color=HELD)], [*names, "held, not trained"]
     if any(not g.held(u) and not g.trained(u) for g in rows for u in units):
         handles, names = [*handles, Patch(**_HATCH)], [*names, "not held"]
+    if count:
+        handles += [Patch(color=c) for _, c in STACK.values()]
+        names += list(STACK)
     if any(g.budget is not None for g in rows):
         handles, names = [*handles, Line2D([], [], color=INK, lw=2)], [*names, "budget"]
     split = {tuple: HandlerTuple(ndivide=None, pad=0)}
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(len(names), 8), "fontsize": 9}
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(-(-len(names) // 2), 8), "fontsize": 9}
     figure.legend(handles, names, handler_map=split, handlelength=1.3, columnspacing=1.4, **place)
 
 
@@ -185,7 +214,7 @@ def draw(plans: pa.Table, assignment: pa.Table) -> "Figure":
     units: list[str] = meta["units"]
     tall = max(0.62, 0.165 * max((len(g.phases) for g in rows), default=1))
     figure = Figure(figsize=(10.4, 1.7 + tall * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[2.6, 1])
+    left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
     _units(left, rows, units)
     _peaks(right, rows)
     left.set_title(f"{meta['label']}: the phase in which each unit is trained", pad=10)

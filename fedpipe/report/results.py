@@ -1,10 +1,5 @@
-"""Finished runs as tidy tables: what the table, the figures and the report are made from.
+"""Finished runs, read from their folders: what the table, the figures and the report are made from."""
 
-Round r (from 0) leads from state r to state r + 1, so the server's model of state t has cost the bytes of rounds < t.
-A figure that is not known is null, never 0.
-"""
-
-import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,13 +15,6 @@ from fedpipe.io import read_table, table_meta
 from fedpipe.studyfile import load_run
 
 Row = dict[str, Any]
-BYTES = ("payload_up", "header_up", "payload_down", "header_down")
-CURVES = pa.schema(
-    {"label": pa.string(), "seed": pa.int64(), "round": pa.int32(), "accuracy": pa.float64(), "sent": pa.int64()}
-)
-CLIENTS = pa.schema(
-    {"label": pa.string(), "seed": pa.int64(), "client": pa.int32(), "accuracy": pa.float64(), "left_out": pa.bool_()}
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +59,11 @@ class RunResults:
         """Assignment rows, one per client, of those who have no plan in any round."""
         has_plan = {r["client"] for r in self.assignment if r["plan"] is not None}
         return [r for r in first_rows(self.assignment) if r["client"] not in has_plan]
+
+    @property
+    def limited(self) -> bool:
+        """Whether clients have budgets, and these limit anything."""
+        return self.run.budget != "off" and any(r["budget"] is not None for r in self.assignment)
 
     @property
     def idle(self) -> int:
@@ -145,89 +138,3 @@ def first_rows(assignment: list[Row]) -> list[Row]:
     for row in sorted(assignment, key=lambda r: (r["client"], r["round"])):
         first.setdefault(row["client"], row)
     return list(first.values())
-
-
-def _of_clients(run: RunResults, column: str) -> list[float]:
-    rows = [r for r in run.metrics if r["column"] == column and r["client"] is not None]
-    return [r["accuracy"] for r in rows if r["accuracy"] is not None]
-
-
-def _spread(values: list[float]) -> tuple[float | None, float | None]:
-    """Mean and standard deviation over clients, who are all there are: no n - 1."""
-    return (statistics.fmean(values), statistics.pstdev(values)) if values else (None, None)
-
-
-def summary(run: RunResults) -> Row:
-    """One row per run. Accuracies in 0..1, bytes summed over all rounds and clients, predicted_peak in bytes.
-
-    A run stops where its target is reached, so what it trained and sent until then is all it did. An update is lost
-    when its client dropped out: a message always has a header.
-    `client_*` are the server's model on each client's own test rows, `personal_*` each client's own model there.
-    """
-    pooled = next((r for r in run.metrics if r["client"] is None and r["column"] == "global"), None)
-    client, client_spread = _spread(_of_clients(run, "global"))
-    personal, personal_spread = _spread(_of_clients(run, "personal"))
-    clients = {r["client"] for r in run.assignment}
-    peaks = [r["predicted"] for r in run.assignment if r["predicted"] is not None]
-    sent = {b: sum(r[b] for r in run.rounds) for b in BYTES}
-    return {
-        "label": run.run.label,
-        "method": run.run.method.name,
-        "seed": run.run.seed,
-        "accuracy": pooled["accuracy"] if pooled else None,
-        "loss": pooled["loss"] if pooled else None,
-        "client_accuracy": client,
-        "client_spread": client_spread,
-        "personal_accuracy": personal,
-        "personal_spread": personal_spread,
-        **sent,
-        "clients": len(clients),
-        "taking_part": len(clients) - len(run.left_out),
-        "left_out": len(run.left_out),
-        "rounds": run.length,
-        "platforms": len(run.platforms),
-        "idle_rounds": run.idle,
-        "failed_updates": len({(r["round"], r["client"], r["part"]) for r in run.rounds if r["failed"]}),
-        "lost_updates": sum(r["phase"] == 0 and not r["failed"] and not r["header_up"] for r in run.rounds),
-        "reached": int(run.reached) if run.run.stop and run.run.stop.target is not None else None,
-        "rounds_to_target": run.stopped if run.reached else None,
-        "bytes_to_target": sum(sent.values()) if run.reached else None,
-        "predicted_peak": max(peaks, default=None),
-    }
-
-
-def observed(run: RunResults) -> Row:
-    """One row per run of what was measured: largest peak (bytes), largest measured / predicted, seconds (all, and to
-    the target where it was reached)."""
-    measured = [p for p in run.peaks if p["measured"] is not None]
-    return {
-        "label": run.run.label,
-        "seed": run.run.seed,
-        "measured_peak": max((p["measured"] for p in measured), default=None),
-        "peak_ratio": max((p["measured"] / p["predicted"] for p in measured if p["predicted"]), default=None),
-        "seconds": run.seconds,
-        "seconds_to_target": run.seconds if run.reached else None,
-    }
-
-
-def curves(runs: list[RunResults]) -> pa.Table:
-    """Accuracy of the server's model on all test rows, and the bytes sent up and down until then (schema CURVES)."""
-    rows = []
-    for run in runs:
-        for at in run.curve:
-            sent = sum(r[b] for r in run.rounds if r["round"] < at["round"] for b in BYTES)
-            row = {"label": run.run.label, "seed": run.run.seed, "sent": sent}
-            rows.append({**row, "round": at["round"], "accuracy": at["accuracy"]})
-    return pa.Table.from_pylist(rows, schema=CURVES)
-
-
-def client_accuracies(runs: list[RunResults]) -> pa.Table:
-    """Final accuracy of the server's model on each client's own test rows (schema CLIENTS)."""
-    rows = []
-    for run in runs:
-        out = {r["client"] for r in run.left_out}
-        for r in run.metrics:
-            if r["column"] == "global" and r["client"] is not None:
-                row = {"label": run.run.label, "seed": run.run.seed, "left_out": r["client"] in out}
-                rows.append({**row, "client": r["client"], "accuracy": r["accuracy"]})
-    return pa.Table.from_pylist(rows, schema=CLIENTS)

@@ -15,11 +15,11 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from fedpipe.io import read_table
-from fedpipe.report.cells import NOTE, present
+from fedpipe.report.cells import note, present
 
 EVERY = 5.0  # seconds between plain lines
 PIPE_WIDTH = 140  # columns of a log or pipe
-MAIN = ("Method", "Accuracy (%)", "Difference (points)", "Taking part", "Idle rounds", "Predicted peak (MiB)")
+MAIN = ("Method", "Accuracy (%)", "Difference (points)", "Taking part", "Idle rounds", "Phases", "Predicted peak (MiB)")
 
 
 def duration(seconds: float) -> str:
@@ -89,6 +89,16 @@ def _grid(headers: list[str], rows: list[list[str]]) -> Table:
     return grid
 
 
+def print_rows(title: str, headers: list[str], rows: list[list[str]]) -> None:
+    """Print rows of text under a title; columns that are empty or 0.00 throughout are left out."""
+    told = [i for i in range(len(headers)) if any(row[i] not in ("", "0.00") for row in rows)]
+    grid = _grid([headers[i] for i in told], [[row[i] for i in told] for row in rows])
+    out = Console(highlight=False)
+    out = out if out.is_terminal else Console(highlight=False, width=4 * PIPE_WIDTH)
+    out.print(title, style="bold", markup=False)
+    out.print(grid)
+
+
 def print_table(path: Path, console: Console | None = None) -> None:
     """Print the final table (table.parquet, with its observations beside it) to standard output.
 
@@ -106,4 +116,4 @@ def print_table(path: Path, console: Console | None = None) -> None:
     unbound = out.options.update(width=10_000)
     fitting = [grid for grid in layouts if Measurement.get(out, unbound, grid).maximum <= width]
     out.print((fitting or layouts[-1:])[0], width=width)
-    out.print(NOTE, width=min(width, 100), style="dim", markup=False)
+    out.print(note(shown), width=min(width, 100), style="dim", markup=False)

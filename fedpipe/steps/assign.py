@@ -1,16 +1,17 @@
 """Step assign: who holds, trains and sends what, as files, before anything is trained; and state 0."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from fedpipe import io, machine
+from fedpipe.budgets import Limit
 from fedpipe.context import RouteCtx
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
-from fedpipe.memory.enforce import mib
+from fedpipe.memory.enforce import judge_plans, plans_over, row_of
+from fedpipe.memory.parts import Parts, mib
 from fedpipe.plans import SCHEMA as PLANS
 from fedpipe.plans import key, plan_rows
 from fedpipe.route import SCHEMA as ROUTE
@@ -24,7 +25,8 @@ from fedpipe.types import Plan, Row
 
 ASSIGNMENT = pa.schema(
     [("client", pa.int32()), ("round", pa.int32()), ("plan", pa.string()), ("budget", pa.int64())]
-    + [("group", pa.int32()), ("samples", pa.int32()), ("predicted", pa.int64()), ("needs", pa.int64())]
+    + [("ratio", pa.float64()), ("name", pa.string()), ("group", pa.int32()), ("samples", pa.int32())]
+    + [("predicted", pa.int64()), ("needs", pa.int64())]
 )
 
 
@@ -32,21 +34,19 @@ def run(
     run: Path, data: Path, clients: Path, prediction: Path,
     *, plans: Path, assignment: Path, route: Path, state: Path, own: Path,
 ) -> None:  # fmt: skip
-    """Write plans, assignment, route, state 0 and an empty own folder. FedpipeError when no client can take part."""
+    """Write plans, assignment, route, state 0 and an empty own folder.
+
+    Raises FedpipeError when no client can take part, and under `budget: enforce` for a plan over its budget.
+    """
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
-    people = io.read_table(clients).to_pylist()
-    widths = rt.predictor.remember(io.read_table(prediction))
-    for p in people:
-        p["budget"] = widths[p["like_width"]] if p["like_width"] is not None else p["budget"]
+    people = _people(clients, rt.predictor.remember(io.read_table(prediction)))
     chosen = _Plans(rt)
     stages = [chosen.stages(p) for p in people]
     if not chosen.names:
-        least = min((n for n in chosen.needs.values() if n is not None), default=None)
-        largest = mib(max(p["budget"] for p in people))
-        raise FedpipeError(
-            f"budgets: none is enough for method {rt.method.name}; it needs {mib(least)}, the largest is {largest}"
-        )
+        raise FedpipeError(_nobody(rt, people, chosen))
+    given = ((p["client"], pid, p["budget"]) for p, mine in zip(people, stages, strict=True) for _, pid in mine)
+    judge_plans(plans_over(given, chosen.parts, spec.margin), spec.budget)
     by_client = {p["client"]: (p, s) for p, s in zip(people, stages, strict=True)}
     rows = schedule(
         thinned((rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)), spec),
@@ -67,12 +67,29 @@ def run(
         "seed": spec.seed,
         "platform": machine.describe(spec),
     }
-    io.write_table(plans, plan_rows(chosen.plans, rt.predictor.peaks, names, tensors), {**meta, "units": names}, PLANS)
+    io.write_table(plans, plan_rows(chosen.plans, rt.predictor.parts, names, tensors), {**meta, "units": names}, PLANS)
     io.write_table(assignment, _assignment(people, stages, chosen), meta, ASSIGNMENT)
     first = {"server@0": rt.state0}
     io.write_table(route, rows, {**meta, "holds": {"state": [f"{n}.safetensors" for n in first], "own": []}}, ROUTE)
     write_states(state, first, 0, meta)
     write_owns(own, {}, meta)
+
+
+def _people(clients: Path, needs: dict[float, int]) -> list[dict[str, Any]]:
+    """Rows of `clients.parquet`, with budget (bytes) and ratio as the predicted bytes of widths have them."""
+    people = io.read_table(clients).to_pylist()
+    for p in people:
+        limit = Limit(p["kind"], p["value"], p["name"]) if p["kind"] else None
+        p["budget"], p["ratio"] = limit.resolve(needs) if limit else (None, None)
+    return people
+
+
+def _nobody(rt: Runtime, people: list[dict[str, Any]], chosen: "_Plans") -> str:
+    least = min((n for n in chosen.needs.values() if n is not None), default=None)
+    if least is None:
+        return f"method {rt.method.name} gives no client a plan"
+    largest = mib(max(p["budget"] for p in people))
+    return f"budgets: none is enough for method {rt.method.name}; it needs {mib(least)}, the largest is {largest}"
 
 
 class _Plans:
@@ -85,9 +102,15 @@ class _Plans:
         self.needs: dict[Row, int | None] = {}
         self.made: dict[tuple[Row, int], str | None] = {}
 
+    def row(self, person: dict[str, Any]) -> Row:
+        return row_of(person, person["samples"], self.rt.run.budget)
+
+    def parts(self, pid: str) -> list[Parts]:
+        return self.rt.predictor.parts(self.plans[pid])
+
     def stages(self, person: dict[str, Any]) -> list[tuple[int, str | None]]:
         """(first round, plan) of a client: one stage, unless the method's plans change with the round."""
-        row = Row(budget=person["budget"], samples=person["samples"])
+        row = self.row(person)
         out: list[tuple[int, str | None]] = []
         for t in range(self.rt.run.rounds if self.rt.method.by_round else 1):
             plan = self._make(row, t)
@@ -113,13 +136,13 @@ def _at(stages: list[tuple[int, str | None]], round: int) -> str | None:
 def _assignment(
     people: list[dict[str, Any]], stages: list[list[tuple[int, str | None]]], chosen: _Plans
 ) -> list[dict[str, Any]]:
-    peaks: Callable[[str], int] = lambda pid: max(chosen.rt.predictor.peaks(chosen.plans[pid]))  # noqa: E731
     rows = []
     for p, mine in zip(people, stages, strict=True):
         for first, pid in mine:
-            needs = None if pid else chosen.needs[Row(budget=p["budget"], samples=p["samples"])]
+            needs = None if pid else chosen.needs[chosen.row(p)]
+            predicted = max(parts.peak for parts in chosen.parts(pid)) if pid else None
             rows.append(
-                {k: p[k] for k in ("client", "budget", "group", "samples")}
-                | {"round": first, "plan": pid, "predicted": peaks(pid) if pid else None, "needs": needs}
+                {k: p[k] for k in ("client", "budget", "ratio", "name", "group", "samples")}
+                | {"round": first, "plan": pid, "predicted": predicted, "needs": needs}
             )
     return rows

@@ -11,13 +11,14 @@ from torch import Tensor
 from fedpipe import io
 from fedpipe.data import dataset
 from fedpipe.evaluation import client_scores, columns, pooled
+from fedpipe.memory.enforce import row_of
 from fedpipe.opened import rows_by_client
 from fedpipe.rounds import World
 from fedpipe.runtime import Runtime
 from fedpipe.states import read_world
 from fedpipe.steps import provenance
 from fedpipe.studyfile import load_run
-from fedpipe.types import Row, Tensors
+from fedpipe.types import Tensors
 
 SCHEMA = pa.schema(
     [("client", pa.int32()), ("column", pa.string()), ("loss", pa.float64()), ("accuracy", pa.float64())]
@@ -44,7 +45,7 @@ def run(
     rows = list(columns({"global": pooled(rt, server, everything)}, None, len(everything)))
     for client, test in testing.items():
         if len(test):
-            row = Row(budget=people[client]["budget"], samples=len(training[client]))
+            row = row_of(people[client], len(training[client]), rt.run.budget)
             found = client_scores(rt, server, world.own(client), client, row, training[client], test)
             rows += columns(found, client, len(test))
     rows += _validation(rt, server, world, people, training, rows_by_client(shares, "val"))
@@ -60,7 +61,7 @@ def _validation(
     each = []
     for client, rows in validation.items():
         if len(rows):
-            row = Row(budget=people[client]["budget"], samples=len(training[client]))
+            row = row_of(people[client], len(training[client]), rt.run.budget)
             found = client_scores(rt, server, world.own(client), client, row, training[client], rows)
             each.append((len(rows), found.get("personal", found["global"])))
     if each:

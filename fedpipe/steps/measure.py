@@ -1,6 +1,7 @@
 """Step measure: predicted bytes of the plans a method asks for at each budget, checked by two real batches."""
 
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +13,54 @@ from fedpipe.config import Run
 from fedpipe.context import with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
-from fedpipe.memory.enforce import mib
-from fedpipe.memory.measure import Peak
+from fedpipe.memory.enforce import row_of
+from fedpipe.memory.measure import BESIDE, Peak
+from fedpipe.memory.parts import KINDS, mib
 from fedpipe.memory.predictor import STEPS, candidate
 from fedpipe.runtime import Runtime
 from fedpipe.steps import provenance
 from fedpipe.studyfile import load_run
-from fedpipe.types import Method, Plan, Row
+from fedpipe.types import Method, Plan, Row, Tensors
 
 SCHEMA = pa.schema(
     [("kind", pa.string()), ("candidate", pa.string()), ("width", pa.float64()), ("peak", pa.int64())]
-)  # fmt: skip
+    + [(k, pa.int64()) for k in KINDS]
+    + [("first", pa.string()), ("last", pa.string()), ("level", pa.int32())]  # no level: each unit runs again
+)
 OBS = pa.schema(
     [("budget", pa.int64()), ("candidate", pa.string()), ("predicted", pa.int64()), ("measured", pa.int64())]
+    + [(b, pa.int64()) for b in BESIDE]
 )
 
 
 def run(run: Path, data: Path, *, prediction: Path, tried: Path) -> None:
-    """Write the bytes of every candidate plan the method looks at, and of the widths budgets are named after.
+    """Write the bytes of every candidate plan the method looks at, of every range of units where it chooses among them,
+    and of the widths budgets are named after.
 
-    Raises FedpipeError when a candidate, run for real, needs more than its prediction plus the study's margin.
+    Raises FedpipeError when a candidate, run for real, needs more than its prediction plus the study's margin; with
+    `budget: warn` that is a line on standard error.
     """
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
-    widths = {w: width_bytes(rt, w) for w in spec.budgets.like_width or {}}
-    budgets: list[int | None] = [*sorted({*(spec.budgets.bytes or {}), *widths.values()})] or [None]
+    limits = [limit for limit, n in spec.budgets.limits(spec.data.partition.clients) if n]
+    needs = widths_bytes(rt, sorted({w for limit in limits for w in limit.widths}))
+    given: list[tuple[int | None, float | None]] = [*sorted({limit.resolve(needs) for limit in limits})]
     observed = []
-    for budget in budgets:
-        plan, _ = make_plan(rt, Row(budget=budget, samples=spec.local.batch), 0)
+    for budget, ratio in given or [(None, None)]:
+        row = row_of({"budget": budget, "ratio": ratio}, spec.local.batch, spec.budget)
+        plan, _ = make_plan(rt, row, 0)
         if plan is not None:
             observed.append(_try(rt, spec, plan, budget))
     rows: list[dict[str, Any]] = [
-        {"kind": "candidate", "candidate": c, "peak": p} for c, p in sorted(rt.predictor.known.items())
+        {"kind": "candidate", "candidate": name, "peak": parts.peak, **asdict(parts)}
+        for name, parts in sorted(rt.predictor.known.items())
     ]
-    rows += [{"kind": "budget", "width": w, "peak": p} for w, p in widths.items()]
+    rows += [{"kind": "budget", "width": w, "peak": p} for w, p in needs.items()]
+    rows += [
+        {"kind": "range", "first": first, "last": last, "level": level, "peak": peak}
+        for (first, last), peaks in rt.predictor.ranges.items()
+        for level, peak in peaks.items()
+    ]
     made = provenance("measure", spec, [data])
     io.write_table(tried, observed, made, OBS)
     io.write_table(prediction, rows, made, SCHEMA)
@@ -62,10 +77,15 @@ def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | Non
 
 def width_bytes(rt: Runtime, width: float) -> int:
     """What training the width-r model needs: the predicted peak of plain local training, plus the margin."""
-    build = (("width", width),) if width != 1 else ()
-    plan = Plan(index=rt.windows(build), model=build)
-    plain = Runtime(rt.run, rt.data, Method())
-    return with_margin(max(plain.predictor.peaks(plan)), rt.run.margin)
+    return widths_bytes(rt, [width])[width]
+
+
+def widths_bytes(rt: Runtime, widths: list[float]) -> dict[float, int]:
+    """`width_bytes` of each."""
+    plain = Runtime(rt.run, rt.data, Method()) if widths else rt
+    builds = {w: (("width", w),) if w != 1 else () for w in widths}
+    plans = {w: Plan(index=plain.windows(build), model=build) for w, build in builds.items()}
+    return {w: with_margin(max(plain.predictor.peaks(plan)), rt.run.margin) for w, plan in plans.items()}
 
 
 def _try(rt: Runtime, spec: Run, plan: Plan, budget: int | None) -> dict[str, Any]:
@@ -78,15 +98,19 @@ def _try(rt: Runtime, spec: Run, plan: Plan, budget: int | None) -> dict[str, An
     client.batches = lambda phase, index: [rows] * STEPS
     measured: list[Peak] = []
 
-    def probe(index: int, held: list[torch.Tensor]) -> Peak:
-        measured.append(Peak(held, rt.device))
+    def probe(index: int, held: Tensors) -> Peak:
+        measured.append(Peak(held.values(), rt.device))
         return measured[-1]
 
     rt.loop(probe).train([client], nearest)
     peak, allowed = measured[0].bytes, with_margin(peaks[phase], spec.margin)
-    if len(rows) == spec.local.batch and peak > allowed:
-        raise FedpipeError(
+    if len(rows) == spec.local.batch and peak > allowed and spec.budget != "off":
+        said = (
             f"measure: phase {plan.phases[phase].name} of method {rt.method.name} needs {mib(peak)} on this device, "
-            f"predicted {mib(peaks[phase])} and {spec.margin:.0%} margin; raise margin"
+            f"predicted {mib(peaks[phase])} and {spec.margin:.0%} margin"
         )
-    return {"budget": budget, "candidate": candidate(nearest), "predicted": peaks[phase], "measured": peak}
+        if spec.budget == "enforce":
+            raise FedpipeError(f"{said}; raise margin, or budget: warn goes on")
+        print(f"fedpipe: {said}; going on", file=sys.stderr, flush=True)
+    tried = {"budget": budget, "candidate": candidate(nearest), "predicted": peaks[phase], "measured": peak}
+    return tried | measured[0].beside

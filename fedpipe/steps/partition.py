@@ -1,7 +1,6 @@
 """Step `partition`: which client trains, validates and tests on which row, and what each client is given."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,11 +73,12 @@ def assign_rows(table: pa.Table, y: Ints, classes: int, spec: Run) -> tuple[Ints
 
 
 def clients_table(labels: Ints, val: Ints, test: Ints, budgets: Budgets) -> pa.Table:
-    """One row per client: its rows by split and class, its budget group, bytes or width, null without a limit."""
+    """One row per client: its rows by split and class, its budget's group and, null without a limit, its kind (bytes,
+    width or fraction), value and name."""
     count, classes = labels.shape
-    group = np.repeat(np.arange(len(budgets.counts)), budgets.counts) if budgets.counts else np.zeros(count, np.int64)
-    limits: list[list[Any]] = [list(budgets.bytes or [None]), list(budgets.like_width or [None])]
-    given = [[limit[g if len(limit) > 1 else 0] for g in group] for limit in limits]
+    limits = budgets.limits(count)
+    group = np.repeat(np.arange(len(limits)), [n for _, n in limits]) if limits else np.zeros(count, np.int64)
+    given = [limits[g][0] for g in group] if limits else [None] * count
     flat = pa.array(labels.ravel().astype(np.int32))
     return pa.table(
         {
@@ -88,7 +88,8 @@ def clients_table(labels: Ints, val: Ints, test: Ints, budgets: Budgets) -> pa.T
             "test": pa.array(test.astype(np.int32)),
             "labels": pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * classes), flat),
             "group": pa.array(group.astype(np.int32)),
-            "budget": pa.array(given[0], pa.int64()),
-            "like_width": pa.array(given[1], pa.float64()),
+            "kind": pa.array([g and g.kind for g in given], pa.string()),
+            "value": pa.array([g and g.value for g in given], pa.float64()),
+            "name": pa.array([g and g.name for g in given], pa.string()),
         }
     )

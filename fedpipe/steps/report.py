@@ -2,7 +2,6 @@
 
 import platform
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +17,7 @@ from fedpipe.paths import RunPaths
 from fedpipe.report import cells
 from fedpipe.report.figures import plan_file
 from fedpipe.report.page import inline, page
+from fedpipe.report.peaks import measured_peaks
 from fedpipe.report.results import RunResults, load_all
 from fedpipe.steps import measured, provenance
 from fedpipe.steps.table import pictured
@@ -39,14 +39,21 @@ def _size(count: int) -> str:
     return f"{count / 2**20:.4g} MiB"
 
 
-def _budgets(study: Study) -> str:
-    if study.budgets.bytes:
-        each = [f"{_size(b)} for {_plural(n, 'client')}" for b, n in study.budgets.bytes.items()]
-        return f"Memory budgets: {_listed(each)}."
-    if study.budgets.like_width:
-        each = [f"width {w} for {_plural(n, 'client')}" for w, n in study.budgets.like_width.items()]
-        return f"Memory budgets are what training a thinner model needs: {_listed(each)}."
-    return "No client has a memory limit."
+def _budgets(study: Study) -> Iterator[str]:
+    limits = [(limit, n) for limit, n in study.budgets.limits(study.data.partition.clients) if n]
+    if not limits:
+        yield "No client has a memory limit."
+        return
+    devices = {d.name: f"{d.name} ({_size(d.bytes)})" for d in study.budgets.fleet}
+    each = [f"{devices.get(limit.name, limit.name)} for {_plural(n, 'client')}" for limit, n in limits]
+    yield f"Memory budgets{f' (scenario {s})' if (s := study.budgets.scenario) else ''}: {_listed(each)}."
+    kinds = {limit.kind for limit, _ in limits}
+    if "width" in kinds:
+        yield "A width stands for what training a model of that width needs."
+    if "fraction" in kinds:
+        yield "A fraction is one of what training the full model needs."
+    if study.budget != "enforce":
+        yield "What is over its budget goes on and is marked." if study.budget == "warn" else "They limit nothing."
 
 
 def statement(study: Study) -> str:
@@ -60,7 +67,7 @@ def statement(study: Study) -> str:
         f" {_plural(study.rounds, 'round')} with {_plural(study.cohort, 'client')} drawn in each,"
         f" {_plural(local.epochs, 'local epoch')} in batches of {local.batch}, {sgd.name} with"
         f" learning rate {sgd.lr} and momentum {sgd.momentum}, repeated with"
-        f" {_plural(len(seeds), 'seed')} ({_listed(seeds)}). {' '.join([_budgets(study), *_conditions(study)])}"
+        f" {_plural(len(seeds), 'seed')} ({_listed(seeds)}). {' '.join([*_budgets(study), *_conditions(study)])}"
     )
 
 
@@ -109,28 +116,6 @@ def _who(runs: list[RunResults]) -> str:
     return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items)}</ul>"
 
 
-def witnesses(runs: list[RunResults]) -> cells.Shown:
-    """Predicted and largest measured peak of every plan and phase that was measured, over rounds and seeds."""
-    largest: dict[tuple[Any, ...], int] = {}
-    count: Counter[tuple[Any, ...]] = Counter()
-    for run in runs:
-        for p in run.peaks:
-            key = (run.run.label, p["plan"], p["phase"], p["budget"], p["predicted"])
-            if p["measured"] is not None:
-                largest[key] = max(largest.get(key, 0), p["measured"])
-                count[key] += 1
-    rows = []
-    order = list(dict.fromkeys(r.run.label for r in runs))
-    for key in sorted(largest, key=lambda k: (order.index(k[0]), k[3] or 0, k[1:3], k[4])):
-        label, plan, phase, budget, predicted = key
-        limit = "none" if budget is None else cells.mib(budget)
-        ratio = f"{largest[key] / predicted:.3f}" if predicted else ""
-        sizes = [limit, cells.mib(predicted), cells.mib(largest[key])]
-        rows.append([label, plan, str(phase + 1), *sizes, ratio, str(count[key])])
-    headers = ["Method", "Plan", "Phase", "Budget (MiB)", "Predicted (MiB)", "Measured (MiB)"]
-    return cells.Shown([*headers, "Measured / predicted", "Times measured"], rows)
-
-
 def _picture(file: Path, title: str) -> str:
     if not file.is_file():
         raise FedpipeError(f"{file}: no such file; the step that writes it has not run")
@@ -174,10 +159,10 @@ def sections(study: Study, runs: list[RunResults], table: Path) -> list[tuple[st
     shown = cells.present(read_table(table), read_table(table.with_suffix(".obs.parquet")))
     scores, rest = cells.split(shown, "Taking part")
     tables = [scores, *cells.split(rest, "Payload up / down (MiB)")]
-    peaks = witnesses(runs)
+    peaks = measured_peaks(runs)
     plans = [_picture(drawn / f"{plan_file(k)}.svg", f"plans of {k}") for k in pictured(runs)]
     return [
-        ("Results", "".join(map(cells.html, tables)) + f'<p class="note">{escape(cells.NOTE)}</p>'),
+        ("Results", "".join(map(cells.html, tables)) + f'<p class="note">{escape(cells.note(shown))}</p>'),
         ("Plans", "".join(plans) or "<p>Every client trains the whole model at once.</p>"),
         ("Who took part", _who(runs)),
         ("Accuracy over rounds", _picture(drawn / "accuracy_rounds.svg", "accuracy over rounds")),

@@ -13,14 +13,15 @@ from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import checksum, write_table, write_text
 from fedpipe.report import cells, figures
-from fedpipe.report.results import BYTES, Row, RunResults, client_accuracies, curves, load_all, observed, summary
+from fedpipe.report.results import Row, RunResults, load_all
+from fedpipe.report.summaries import BYTES, client_accuracies, curves, observed, summary
 from fedpipe.steps import measured, provenance
 from fedpipe.studyfile import load_study
 
 SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
 AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates",
            "lost_updates")  # fmt: skip
-TO_TARGET = ("rounds_to_target", "bytes_to_target")  # of the runs that reached it
+SOME = ("rounds_to_target", "bytes_to_target", "over_budget")  # of the runs that reached it, or have budgets
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -47,6 +48,10 @@ def _difference(rows: list[Row], first: list[Row], column: str) -> Row:
     return {f"{column}_{k}": v for k, v in names.items()}
 
 
+def _largest(values: Sequence[Any]) -> Any:
+    return max((v for v in values if v is not None), default=None)
+
+
 def _row(rows: list[Row], first: list[Row], paper: dict[str, float]) -> Row:
     label, method = rows[0]["label"], rows[0]["method"]
     out: Row = {"label": label, "method": method, "seeds": len(rows)}
@@ -58,15 +63,15 @@ def _row(rows: list[Row], first: list[Row], paper: dict[str, float]) -> Row:
     out |= {c: fmean(r[c] for r in rows) for c in AMOUNTS}
     reached = _known(rows, "reached").values()
     out["reached"] = sum(reached) if reached else None
-    out |= {c: interval(list(_known(rows, c).values()))["mean"] for c in TO_TARGET}
-    out["predicted_peak"] = max((r["predicted_peak"] for r in rows if r["predicted_peak"] is not None), default=None)
+    out |= {c: interval(list(_known(rows, c).values()))["mean"] for c in SOME}
+    out |= {c: _largest([r[c] for r in rows]) for c in ("phases", "predicted_peak")}
     return out
 
 
 def _type(column: str) -> pa.DataType:
     if column in ("label", "method"):
         return pa.string()
-    if column in ("seeds", "predicted_peak", "measured_peak", "reached"):
+    if column in ("seeds", "phases", "predicted_peak", "measured_peak", "reached"):
         return pa.int64()
     return pa.bool_() if column.endswith("_differs") else pa.float64()
 
@@ -82,7 +87,8 @@ def _by_label(rows: list[Row]) -> list[list[Row]]:
 def tabulate(study: Study, runs: list[RunResults]) -> pa.Table:
     """One row per label: seeds, scores with `_std _low _high` and `_diff _diff_low _diff_high _differs` against the
     study's first method, the paper's accuracy, amounts as means over seeds (bytes, clients, rounds), how many seeds
-    reached the study's target (null without one), means over these of rounds and bytes until then, largest peak."""
+    reached the study's target (null without one), means over these of rounds and bytes until then, pairs of client and
+    phase over budget (mean; null without budgets), most phases and largest peak."""
     known = {name for r in study.compared() for name in (r.label, r.method.name)}
     for name, value in study.paper.items():
         if name not in known or not 0 <= value <= 1:
@@ -91,17 +97,13 @@ def tabulate(study: Study, runs: list[RunResults]) -> pa.Table:
     return _typed([_row(rows, groups[0], study.paper) for rows in groups])
 
 
-def _largest(values: Sequence[Any]) -> Any:
-    return max((v for v in values if v is not None), default=None)
-
-
 def observations(runs: list[RunResults]) -> pa.Table:
-    """One row per label: largest measured peak (bytes) and measured / predicted, mean seconds of a run and until
-    it reached the target."""
+    """One row per label: largest measured peak (bytes), measured / predicted and share above a budget, mean seconds of
+    a run and until it reached the target."""
     out = []
     for rows in _by_label([observed(r) for r in runs]):
         row = {"label": rows[0]["label"], "seeds": len(rows)}
-        row |= {c: _largest([r[c] for r in rows]) for c in ("measured_peak", "peak_ratio")}
+        row |= {c: _largest([r[c] for r in rows]) for c in ("measured_peak", "peak_ratio", "peak_excess")}
         seconds = ("seconds", "seconds_to_target")
         out.append({**row, **{c: interval(list(_known(rows, c).values()))["mean"] for c in seconds}})
     return _typed(out)
@@ -135,8 +137,8 @@ def run(study: Path, runs: list[Path], *, table: Path) -> None:
     made = {**provenance("table", spec, [f for r in results for f in measured(r.folder)]), "study": spec.name}
     write_table(table.with_suffix(".obs.parquet"), observations(results), made)
     shown = cells.present(rows)
-    write_text(table.with_suffix(".md"), cells.markdown(shown, cells.NOTE))
-    write_text(table.with_suffix(".tex"), cells.latex(shown, cells.NOTE))
+    write_text(table.with_suffix(".md"), cells.markdown(shown, cells.note(shown)))
+    write_text(table.with_suffix(".tex"), cells.latex(shown, cells.note(shown)))
     texts = [table.with_suffix(".md"), table.with_suffix(".tex"), *sorted((table.parent / "figures").iterdir())]
     beside = {f.relative_to(table.parent).as_posix(): checksum(f) for f in texts}
     write_table(table, rows, {**made, "first": rows["label"][0].as_py(), "beside": beside})

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpipe.kernels.bits import reference as bits
 
 MANY = 8  # clients that wait for one another
-BLOCK = 1 << 15  # entries whose sums, values and mask, in float64, take a megabyte
+BLOCK = 3 << 13  # entries whose sums, values and mask, in float64, take 0.75 MiB, and stay in a cache
 Window = tuple[int, int, int]  # dimension, start, stop (exclusive); a stop past the end wraps round
 
 
@@ -63,18 +63,18 @@ class Fold:
         """The mean; entries nobody holds keep the old value. Ends the fold."""
         self._fold()
         mean = self.total.div_(self.weight).to(self.old.dtype)
-        return torch.where(self.weight > 0, mean, self.old)
+        return mean if not self.weight.ndim and self.weight > 0 else torch.where(self.weight > 0, mean, self.old)
 
     def _fold(self) -> None:
         parts, self.waiting = self.waiting, []
         if not self.weight.ndim and any(p.windows or p.mask is not None for p in parts):
             self.weight = self.weight.expand(self.old.shape).clone()
-        for windows, some in groupby(parts, key=lambda p: bool(p.windows)):
-            if windows:
-                for part in some:
-                    self._window(part)
-            else:
+        for alone, some in groupby(parts, key=lambda p: bool(p.windows) or p.sparse):
+            if not alone:
                 self._blocks(list(some))
+                continue
+            for part in some:
+                (self._window if part.windows else self._entries)(part)
 
     def _window(self, part: Part) -> None:
         shape = held(self.old.shape, part.windows)
@@ -91,35 +91,34 @@ class Fold:
             self.total[at] += part.weight * values.double()
             self.weight[at] += part.weight
 
+    def _entries(self, part: Part) -> None:
+        """Of a sparse part without windows: only its entries are read and written."""
+        assert part.mask is not None
+        at = bits.positions(part.mask, self.old.numel())
+        wide = part.values.double() * part.weight
+        self.total.view(-1).index_add_(0, at, wide)
+        self.weight.view(-1).index_add_(0, at, wide.fill_(part.weight))
+
     def _blocks(self, parts: list[Part]) -> None:
         n = self.old.numel()
-        total, values = self.total.view(-1), [p.values.view(-1) for p in parts]
-        masks = [None if p.mask is None else bits.unpack(p.mask, max(n, 1))[:n] for p in parts]
-        taken = [0] * len(parts)  # values of sparse parts that blocks before have used
+        masks = [p.mask if p.mask is None else bits.unpack(p.mask, n).view(torch.uint8).split(BLOCK) for p in parts]
+        values = [p.values.view(-1).split(BLOCK) for p in parts]
         scratch = self.total.new_empty(2, min(n, BLOCK))
-        for start in range(0, n, BLOCK):
-            stop = min(start + BLOCK, n)
-            weight = self.weight.view(-1)[start:stop] if self.weight.ndim else None
-            for i, (part, mask) in enumerate(zip(parts, masks, strict=True)):
+        weights = self.weight.view(-1).split(BLOCK)
+        for b, total in enumerate(self.total.view(-1).split(BLOCK)):
+            wide, ones = scratch[:, : len(total)]
+            for part, x, mask in zip(parts, values, masks, strict=True):
                 if mask is None:
-                    total[start:stop].add_(values[i][start:stop], alpha=part.weight)
-                    if weight is not None:
-                        weight.add_(part.weight)
+                    total.add_(x[b], alpha=part.weight)
+                    if self.weight.ndim:
+                        weights[b].add_(part.weight)
                     continue
-                assert weight is not None
-                on = mask[start:stop]
-                if part.sparse:
-                    first, taken[i] = taken[i], taken[i] + int(on.sum())
-                    x = _decoded(values[i][first : taken[i]], on)
-                else:
-                    x = values[i][start:stop]
-                wide, ones = scratch[0, : stop - start].copy_(x), scratch[1, : stop - start]
-                ones.copy_(on.view(torch.uint8))  # from bytes: twice as fast as from bools
-                total[start:stop].addcmul_(wide, ones, value=part.weight)
-                weight.add_(ones, alpha=part.weight)
+                ones.copy_(mask[b])  # from bytes: twice as fast as from bools
+                total.addcmul_(wide.copy_(x[b]), ones, value=part.weight)
+                weights[b].add_(ones, alpha=part.weight)
         if not self.weight.ndim:
             for part in parts:
-                self.weight += part.weight
+                self.weight += part.weight if part.mask is None else 0.0  # of a mask they are added by then
 
 
 def _decoded(values: Tensor, mask: Tensor) -> Tensor:

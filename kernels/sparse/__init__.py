@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 
 from fedpipe.kernels import bits
+from fedpipe.kernels.bits.reference import raw
 from fedpipe.kernels.common import Backend, chosen, wanted
 from fedpipe.kernels.common import words as words_of
 from fedpipe.kernels.sparse import reference
 
 INDEXABLE = 2**31  # entries that int32 indices reach
-_SIZES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 TYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
     *(torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool),
 )
-
-
-def raw(x: Tensor) -> Tensor:
-    """The integers that entries are stored as, a view: two are equal if and only if their bits are."""
-    return x.detach().view(_SIZES[x.itemsize])
 
 
 def encode(x: Tensor, words: Tensor, nnz: int | None = None, backend: Backend = "auto") -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpipe.kernels.bits.reference import pack
+from fedpipe.kernels.bits.reference import pack, raw
 
 KEYS = {  # the integers of a type, the bits of a magnitude, and those of infinity: what lies above is a NaN
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
@@ -74,6 +74,5 @@ def topk_mask(x: Tensor, k: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor
 def topk_zero_(x: Tensor, k: Sequence[int], sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The same, and what is not kept becomes 0 in place."""
     keep, threshold = select(x, k, sizes)
-    packed = pack(keep)
-    x.masked_fill_(keep.logical_not_(), 0)
-    return packed, threshold
+    raw(x).mul_(keep)  # integers: several times as fast as filling
+    return pack(keep), threshold

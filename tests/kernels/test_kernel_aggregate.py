@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpipe.kernels import bits
 from fedpipe.kernels.aggregate import Fold, Part, bytes_moved, held, region, weighted_mean
 
-SHAPES = [(1,), (33,), (512,), (1025,), (6, 5), (8, 6, 3, 3)]
+SHAPES: list[tuple[int, ...]] = [(), (1,), (33,), (512,), (1025,), (6, 5), (8, 6, 3, 3)]
 Masks = list["Tensor | None"]
 
 

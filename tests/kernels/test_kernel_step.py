@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedpipe.kernels import bits
-from fedpipe.kernels.step import bytes_moved, reference, step_
+from fedpipe.kernels.step import bytes_moved, step_
 from fedpipe.kernels.step.backward import in_backward
 from fedpipe.memory import Peak
 
@@ -89,7 +89,7 @@ def test_an_entry_that_is_masked_is_0_whatever_it_was() -> None:
             assert x.tolist() == [0, 0, 0, 1.5] and not bool(x.signbit().any())
 
 
-@pytest.mark.parametrize("n", [7, 3 * reference.CHUNK + 45])
+@pytest.mark.parametrize("n", [7, 3 * bits.reference.CHUNK + 45])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 5e-4])
 def test_the_reference_is_sgd_to_the_bit(n: int, momentum: float, decay: float) -> None:
@@ -125,7 +125,7 @@ def test_large_rows_are_stepped_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     told, _ = inputs((3, 500), CASES["all"])
     whole = step_(**copies(told), backend="reference")
     for chunk in (64, 512, 1024):
-        monkeypatch.setattr(reference, "CHUNK", chunk)
+        monkeypatch.setattr(bits.reference, "CHUNK", chunk)
         assert torch.equal(step_(**copies(told), backend="reference"), whole)
 
 

@@ -1,0 +1,69 @@
+"""A plan, predicted and tried: two real batches of every phase, by the loop that trains."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from cases import Case
+
+from fedpipe.config import Study
+from fedpipe.data.dataset import Dataset
+from fedpipe.memory import Peak
+from fedpipe.memory.predictor import STEPS
+from fedpipe.methods import fedepth
+from fedpipe.runtime import Runtime
+from fedpipe.types import Plan, Row, Tensors
+
+SHAPE, CLASSES = (3, 32, 32), 10
+
+
+def images(count: int) -> Dataset:
+    """Noise with labels: no count of bytes depends on what is on an image."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8, generator=gen)
+    y = torch.randint(0, CLASSES, (count,), generator=gen)
+    names = tuple(map(str, range(CLASSES)))
+    return Dataset(x, y, np.zeros(count, dtype=np.bool_), SHAPE, CLASSES, names, (0.5,) * 3, (0.25,) * 3)
+
+
+def opened(case: Case, device: str = "cpu") -> tuple[Runtime, Plan]:
+    """A case's study, and its plan as the method makes it without a limit; FeDepth's of the blocks that are given."""
+    (run,) = Study.model_validate({**case.study, "device": device}).runs()
+    rt = Runtime(run, images(case.batch))
+    ctx = rt.plan_ctx(Row(budget=None, samples=case.batch))
+    if case.blocks:
+        plan: Plan | None = Plan(
+            phases=fedepth.phases(ctx, [ctx.units[first - 1 : last] for first, last in case.blocks])
+        )
+    else:
+        plan = rt.method.plan(ctx) if rt.method.plan else Plan()
+    assert plan is not None
+    return rt, rt.levelled(plan)
+
+
+def measured(rt: Runtime, plan: Plan) -> list[int]:
+    """Peak bytes of each phase, one after another, as a client trains them."""
+    batch = torch.arange(rt.run.local.batch)
+    client = rt.client(rt.ctx(client=0), rt.received(plan, rt.state0), batch)
+    client.batches = lambda phase, index: [batch] * STEPS
+    peaks: list[Peak] = []
+
+    def probe(index: int, held: Tensors) -> Peak:
+        peaks.append(Peak(held.values(), rt.device))
+        return peaks[-1]
+
+    rt.loop(probe).train([client], plan)
+    return [p.bytes for p in peaks]
+
+
+def rows(case: Case, device: str = "cpu") -> list[dict[str, Any]]:
+    """A row per phase: the units it trains, its predicted and measured bytes, and the prediction's relative error."""
+    rt, plan = opened(case, device)
+    predicted, found = rt.predictor.peaks(plan), measured(rt, plan)
+    # a process keeps the models of every Runtime, and hundreds of them would fill its memory
+    Runtime.build.cache_clear()
+    Runtime.windows.cache_clear()
+    return [
+        case.about | {"units": units, "predicted": p, "measured": m, "error": p / m - 1}
+        for units, p, m in zip(case.trained, predicted, found, strict=True)
+    ]

@@ -1,0 +1,128 @@
+"""The keys of a study by groups: what is trained on, how, how it is judged. `budgets` and `config` hold the others."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("wanted a number")  # to Python and to pydantic, true is 1
+    return value
+
+
+NUMBER = BeforeValidator(_number)
+Positive = Annotated[int, Field(ge=1), NUMBER]
+Backend = Literal["auto", "reference"]
+Operation = Literal["step", "topk", "bits", "sparse", "aggregate", "norm"]
+Share = Annotated[float, Field(ge=0, le=1), NUMBER]
+
+
+def for_all(value: Any) -> Any:
+    """One word is of every operation."""
+    return dict.fromkeys(get_args(Operation), value) if isinstance(value, str) else value
+
+
+class Typed(BaseModel):
+    """A group of keys; others than its own are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Partition(Typed):
+    """How training rows are given to clients; `val` of each client's rows are set aside for validation."""
+
+    kind: str = Field(
+        "dirichlet",
+        description="iid, dirichlet, dir, balanced-dir, shards, natural, or the class path of a Flower partitioner",
+    )
+    clients: Positive = 10
+    alpha: Annotated[float, Field(gt=0), NUMBER] = 0.3
+    shards: Positive = Field(2, description="shards per client (kind: shards)")
+    min_samples: Positive = Field(2, description="every client gets at least so many rows")
+    column: str | None = Field(None, description="column of natural client ids (kind: natural)")
+    val: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
+    settings: dict[str, Any] = Field({}, description="keywords of a partitioner given by class path")
+
+
+class Data(Typed):
+    """Which rows: `digits` (embedded), a Hugging Face id, or a folder of that name under FEDPIPE_DATA."""
+
+    name: str = "digits"
+    image: str | None = Field(None, description="column of images; found by its type when absent")
+    label: str | None = Field(None, description="column of class labels; found by its type when absent")
+    train: str = Field("train", description="split to train on")
+    test: str | None = Field("test", description="split to test on; null: a fifth of the training rows, drawn by class")
+    rows: Positive | None = Field(
+        None, description="use only so many training rows (and a fifth as many test rows), drawn by class"
+    )
+    size: Positive | None = Field(None, description="side in pixels images are brought to; digits: 16")
+    partition: Partition = Partition()
+
+
+class Optimizer(Typed):
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0), NUMBER] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1), NUMBER] = 0.0
+    weight_decay: Annotated[float, Field(ge=0), NUMBER] = 0.0
+
+
+class Local(Typed):
+    epochs: Positive = 1
+    batch: Positive = 32
+    optimizer: Optimizer = Optimizer()
+    schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
+    levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(
+        {}, description="how much units build again in the backward instead of saving it: {'b*': 1}"
+    )
+    again: list[tuple[str, str]] = Field(
+        [], description="ranges of units, first and last, that run again in the backward: [[b1, b3]]"
+    )
+    recompute: Literal["given", "auto"] = Field(
+        "given", description="auto: what levels and again leave free runs again, as little as the budget takes"
+    )
+
+
+class Evaluate(Typed):
+    every: Positive | None = Field(
+        None, description="rounds between evaluations of the server's model; default: 20 points in a run"
+    )
+    batch: Positive = 100
+
+
+class Stop(Typed):
+    """When a run ends early: looked at only at fixed rounds of its curve, so that no way of running changes it.
+
+    The metric is that of the clients' validation rows where data.partition.val sets some aside, else of the test rows.
+    """
+
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    target: Annotated[float, NUMBER] | None = Field(None, description="stop once it is reached")
+    patience: Positive | None = Field(None, description="stop after so many looks without a better value")
+    every: Positive | None = Field(None, description="rounds between looks; default: every evaluation")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Stop":
+        if (self.target is None) == (self.patience is None):
+            raise ValueError("wanted one of target and patience")
+        if self.target is not None and (self.target < 0 or (self.metric == "accuracy" and self.target > 1)):
+            raise ValueError(f"target: wanted {'an accuracy in 0..1' if self.metric == 'accuracy' else 'a loss >= 0'}")
+        return self
+
+
+class ModelSpec(BaseModel):
+    """A network by name, or `./file.py:function`; further keys go to the function that builds it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "preresnet20"
+
+
+def as_model(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Select(Typed):
+    """Grids are tuned at one seed, by the clients' validation rows alone; the study compares the other seeds."""
+
+    on: Literal["validation"] = "validation"
+    seed: Annotated[int, NUMBER] = Field(0, description="the seed grids are tuned at; not one of the comparison's")
