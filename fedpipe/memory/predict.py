@@ -95,6 +95,10 @@ class _Live(TorchDispatchMode):
         self.now -= record.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # what half of all calls ask
+        if self.turns[-1][1] == "update" and func in _IN_PLACE and args[0].dim() and not _in_backward():
+            return args[0]  # of a scalar, as a count of steps is, the value is known and must change
         before = self.now
         if _in_backward():
             self.turn("backward")
@@ -116,6 +120,14 @@ class _Live(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.add(t)
         return out
+
+
+aten = torch.ops.aten
+# An optimizer's operations that make nothing: most of what a trace would run.
+_IN_PLACE = {
+    *(aten.add_.Tensor, aten.mul_.Tensor, aten.sub_.Tensor, aten.div_.Tensor, aten.copy_.default, aten.zero_.default),
+    *(aten.addcmul_.default, aten.addcdiv_.default, aten.lerp_.Scalar, aten.sqrt_.default),
+}
 
 
 def _in_backward() -> bool:

@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from fedpipe.client import Client
+from fedpipe.context import Ctx
 from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.memory.predict import Span, Trace
 from fedpipe.memory.stretch import Ranges
+from fedpipe.models.chain import Chain
+from fedpipe.phase import default_loss
 from fedpipe.plans import key
-from fedpipe.types import Batch, Phase, Plan, Tensors
+from fedpipe.types import Batch, Method, Phase, Plan, Tensors
 
 if TYPE_CHECKING:
     from fedpipe.runtime import Runtime
@@ -79,8 +83,38 @@ class Predictor:
                 noise=lambda index, step: rt.ctx(client=0).rng("trace"),
             )
             del at
-            rt.loop(probe).train([client], plan)
+            loop = rt.loop(probe)
+            replace(loop, method=_hastened(loop.method, rt.chain(plan))).train([client], plan)
         return spans[0].parts
+
+
+class _Nothing(torch.autograd.Function):
+    """A loss of tensors that has gradients of their shapes, and saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
+        return tensors[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
+
+
+def _hastened(method: Method, chain: Chain) -> Method:
+    """The method, whose first step only makes the optimizer's state: forward and backward are traced in the second.
+
+    Only where a loss changes nothing but by its gradients; the hooks of a method may."""
+    if method.loss is not None or chain.buffer_names:
+        return method
+    first = iter([True])
+
+    def loss(at: Tensors, batch: Batch, ctx: Ctx) -> Any:
+        if next(first, False):
+            return _Nothing.apply(*(t for t in at.values() if t.requires_grad))
+        return default_loss(at, batch, ctx)
+
+    return replace(method, loss=loss)
 
 
 def candidate(plan: Plan) -> str:
