@@ -162,6 +162,10 @@ class PlanCtx:
         limit = self._limit
         return plan if limit is None else self._or_refuse(self.choose.fitted(plan, limit))
 
+    def first(self, plans: "Iterable[Plan]") -> Plan | None:
+        """The first of plans that fits the row's budget: the widest or the deepest, as they come; None: none does."""
+        return next((fitted for plan in plans if (fitted := self.if_fits(plan)) is not None), None)
+
     def fewest(self, build: "Callable[[Sequence[tuple[str, ...]]], Plan]") -> Plan | None:
         """`build` of the fewest blocks of units whose phases fit the row's budget; None: a unit alone does not.
 

@@ -412,3 +412,31 @@ def test_a_client_on_cuda_is_refused_memory_beyond_its_budget() -> None:
         _ = [torch.ones(10 * MIB // 4, device=device) for _ in range(60)]
     assert len(witness.rows) == 1
     assert torch.ones(300 * MIB // 4, device=device).numel(), "the limit has been lifted"
+
+
+# -------------------------------------------------------------------------------------------- the claim, on a whole run
+@pytest.mark.slow
+def test_every_client_keeps_its_budget_where_plans_go_by_bytes(root: Path) -> None:
+    """FeDepth's fair scenario, every client measured: blocks by bytes and widths hold, the published blocks do not."""
+    fair = {
+        "name": "fair",
+        "data": {"name": "digits", "rows": 800, "partition": {"kind": "iid", "clients": 12}},
+        "model": "preresnet20",
+        "rounds": 2,
+        "cohort": 12,
+        "local": {"batch": 32, "optimizer": {"lr": 0.05, "momentum": 0.9}},
+        "budgets": {"scenario": "fair"},
+        "measure": "all",
+        "budget": "warn",
+    }
+    beyond = {}
+    for method in ({"fedepth": {"blocks": "bytes"}}, {"heterofl": {"widths": [1.0, 0.5, 0.333, 0.166]}}):
+        game = Game(make_run(method, fair), root).play()
+        peaks = game.opened.rounds.peaks
+        assert {p["client"] for p in peaks} == {r["client"] for r in game.trains} and len(peaks) >= len(game.trains)
+        assert all(p["measured"] <= p["budget"] and p["measured"] <= 1.001 * p["predicted"] for p in peaks)
+        beyond[next(iter(method))] = len({r["client"] for r in game.trains})
+    assert beyond == {"fedepth": 6, "heterofl": 12}  # two groups hold less than any block takes
+    game = Game(make_run({"fedepth": {"blocks": "paper"}}, fair), root).play(1)
+    over = [p for p in game.opened.rounds.peaks if p["measured"] > p["budget"]]
+    assert {p["client"] for p in over} == set(range(9)) and max(p["measured"] / p["budget"] for p in over) > 2

@@ -107,6 +107,50 @@ def test_units_that_are_built_alike_are_traced_once(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3  # b2 (for b3), b5, b8
 
 
+def narrow(c1: int, c2: int, c3: int) -> Chain:
+    """PreResNet-20 of these channels."""
+    inward, out = [c1] * 4 + [c2] * 3 + [c3] * 2, [c1] * 3 + [c2] * 3 + [c3] * 3
+    blocks = [
+        Block(i, o, 2 if k in (4, 7) else 1, "batch", 1.0) for k, (i, o) in enumerate(zip(inward, out, strict=True), 1)
+    ]
+    named = [(f"b{k}", b) for k, b in enumerate(blocks, 1)]
+    return Chain([("stem", Stem(3, c1, "batch", 1.0)), *named, ("head", Head(c3, 10, "batch", 1.0))], (3, 32, 32))
+
+
+def saved(costs: Costs, first: int, last: int) -> float:
+    """MiB kept between forward and backward of units first .. last, the head, and the stem with the first."""
+    lowest = 0 if first == 1 else first
+    total, kept = (costs.images if first == 1 else 0), False
+    for way in [*(costs.way(u, 0, u > lowest) for u in range(lowest, last + 1)), costs.tail(last)]:
+        total += way.saved + (costs.boundary[way.first] if way.input or kept else 0)
+        kept = way.output
+    return total / 2**20
+
+
+def test_activations_of_fedepths_network_are_those_counted_by_autograd() -> None:
+    """Saved tensors of an independent PreResNet-20, batch 128 of 32x32, in torch 2.13: whole, narrower, in blocks."""
+    costs = Costs(narrow(16, 32, 64), 128, Optimizer())
+    whole = saved(costs, 1, 9)
+    assert whole == pytest.approx(193.5, abs=0.1)
+    for part, share, size in ((2, 50.4, 97.5), (3, 32.0, 61.9), (6, 14.3, 27.8), (8, 13.2, 25.5)):
+        slim = saved(Costs(narrow(16 // part, 32 // part, 64 // part), 128, Optimizer()), 1, 9)
+        assert (slim, 100 * slim / whole) == (pytest.approx(size, abs=0.1), pytest.approx(share, abs=0.1))
+    alone = [saved(costs, k, k) for k in range(1, 10)]
+    assert alone == pytest.approx([45.5, 36.0, 36.0, 28.0, 20.0, 20.0, 16.0, 12.0, 12.0], abs=0.1)
+    published = {
+        24: {(1, 1): 45.5, (2, 2): 36, (3, 3): 36, (4, 4): 28, (5, 6): 36, (7, 9): 32},
+        40: {(1, 2): 77.5, (3, 4): 60, (5, 9): 64},
+        57: {(1, 3): 109.5, (4, 9): 88},
+    }
+    for largest, blocks in published.items():
+        found = {block: saved(costs, *block) for block in blocks}
+        assert found == pytest.approx(blocks, abs=0.1)
+        assert 100 * max(found.values()) / whole == pytest.approx(largest, abs=1)
+    lack = [saved(costs, *block) for block in ((4, 4), (5, 5), (6, 6), (7, 8), (9, 9))]
+    assert lack == pytest.approx([28, 20, 20, 24, 12], abs=0.1)
+    assert 100 * max(lack) / whole == pytest.approx(14, abs=1)
+
+
 def deep_chain(blocks: int, side: int = 32) -> Chain:
     units: list[tuple[str, nn.Module]] = [("stem", Stem(3, 16, "batch", 1.0))]
     inward = 16
@@ -217,6 +261,27 @@ def brute_force(rt: Runtime, limit: int) -> int:
             if all(fits[a + 1, b] for a, b in itertools.pairwise(edges)):
                 return cuts + 1
     raise AssertionError("nothing fits")
+
+
+def test_the_first_plan_that_fits_is_the_deepest() -> None:
+    rt = runtime("preresnet20", batch=32)
+    ctx = rt.plan_ctx(Row(budget=None, samples=8))
+    asked = []
+
+    def prefix(n: int) -> Plan:
+        asked.append(n)
+        live = ctx.tensors(ctx.stem, *ctx.units[:n], ctx.head)
+        return Plan(phases=(Phase(live=live, upto=None if n == 9 else ctx.units[n - 1]),))
+
+    peaks = [rt.predictor.peaks(prefix(n))[0] for n in range(1, 10)]
+    assert peaks == sorted(peaks)
+    for n in (9, 5, 1):
+        asked.clear()
+        limited = rt.plan_ctx(Row(budget=with_margin(peaks[n - 1], 0.05), samples=8))
+        assert limited.first(map(prefix, range(9, 0, -1))) == prefix(n)
+        assert asked == [*range(9, n - 1, -1), n]
+    poor = rt.plan_ctx(Row(budget=peaks[0], samples=8))
+    assert poor.first(map(prefix, range(9, 0, -1))) is None and poor.refused[-1] == with_margin(peaks[0], 0.05)
 
 
 def test_fedepths_published_blocks_go_by_ratio_not_by_bytes() -> None:

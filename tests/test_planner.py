@@ -173,7 +173,7 @@ def test_greedy_is_the_exact_answer_for_sums_of_other_networks_and_budgets(name:
         assert [(block[0], block[-1]) for block in blocks] == exact and not unfit
 
 
-# the fewest ranges, the widest, the deepest
+# the fewest ranges
 
 
 class Asked:
@@ -211,15 +211,6 @@ def test_fewest_asks_once_when_everything_fits_and_prefers_long_first_ranges() -
     assert planner.fewest(lambda a, b: b - a < 3, 5) == [(0, 2), (3, 4)]
     assert planner.fewest(lambda a, b: (a, b) in {(0, 0), (1, 3), (0, 2)}, 4) == [(0, 0), (1, 3)]
     assert planner.fewest(lambda a, b: b > a, 1) is None
-
-
-def test_widest_and_deepest_take_the_largest_that_fits_and_ask_no_further() -> None:
-    asked = Asked({(0.25,), (0.5,), (0.125,)})
-    assert planner.widest([0.125, 1.0, 0.5, 0.25], asked) == 0.5 and asked.calls == [(1.0,), (0.5,)]
-    assert planner.widest([1.0], asked) is None
-    asked = Asked({(2,), (4,)})  # three do not fit, though four do
-    assert planner.deepest(5, asked) == 4 and asked.calls == [(5,), (4,)]
-    assert planner.deepest(3, asked) == 2 and planner.deepest(1, asked) is None
 
 
 # what runs again
@@ -409,8 +400,6 @@ def test_cheapest_costs_what_torchs_integer_programme_finds(seed: int, monkeypat
         (lambda: planner.greedy([1], -0.5), "budget: -0.5 came; wanted a number >= 0"),
         (lambda: planner.greedy([1], math.nan), "budget: nan came; wanted a number >= 0"),
         (lambda: planner.fewest(lambda a, b: True, 0), "count: 0 came; wanted 1 at least"),
-        (lambda: planner.deepest(0, lambda n: True), "count: 0 came; wanted 1 at least"),
-        (lambda: planner.widest([], lambda w: True), "widths: none came; wanted one at least"),
         (lambda: plain(0, saved=-1), "units 0..0: saved -1 came; wanted a number >= 0"),
         (lambda: plain(0, cost=math.inf), "units 0..0: cost inf came; wanted a number >= 0"),
         (lambda: plain(2, last=1, level=None), "units 2..1 at level None: wanted one unit at a level, or a range with"),

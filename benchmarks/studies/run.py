@@ -5,6 +5,8 @@ python benchmarks/studies/run.py --check                  # a line for each tabl
 """
 
 import argparse
+import os
+import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,6 +15,7 @@ from pathlib import Path
 from fedpipe import io
 from fedpipe.config import Study
 from fedpipe.digest import step_digest
+from fedpipe.report import cells
 from fedpipe.studyfile import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -41,8 +44,9 @@ def run(file: Path) -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     io.write_table(stem.with_suffix(".parquet"), found, made)
     io.write_table(stem.with_suffix(".obs.parquet"), seen, made)
-    text = f"`{file.relative_to(ROOT)}`, {made['date']}, commit {commit}.\n\n{table.with_suffix('.md').read_text()}"
-    stem.with_suffix(".md").write_text(text)
+    shown = cells.present(found, seen)
+    head = f"`{file.relative_to(ROOT)}`, {made['date']}, commit {commit}, {platform.machine()}, {os.cpu_count()} cores."
+    stem.with_suffix(".md").write_text(f"{head}\n\n{cells.markdown(shown, cells.note(shown))}")
     print(f"{stem.relative_to(ROOT)}.md")
 
 

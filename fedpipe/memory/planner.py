@@ -1,5 +1,5 @@
-"""What of a network fits a budget: blocks of a chain of units, the widest network, the deepest prefix, and what has to
-run again for the whole to fit (`recomputation`). Pure functions.
+"""What of a network fits a budget: blocks of a chain of units, and what has to run again for the whole to fit
+(`recomputation`). Pure functions.
 
 `fits` may trace a training step each time: it is asked until the answer is known and never twice the same.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from fedpipe.memory.recomputation import Option, cheapest, peak, smallest
 
-__all__ = ["Option", "cheapest", "deepest", "fewest", "greedy", "peak", "smallest", "widest"]
+__all__ = ["Option", "cheapest", "fewest", "greedy", "peak", "smallest"]
 
 
 def greedy(costs: Sequence[float], budget: float) -> tuple[list[tuple[int, ...]], list[int]]:
@@ -48,7 +48,8 @@ def fewest(fits: Callable[[int, int], bool], count: int) -> list[tuple[int, int]
     any `fits`: a part of a range that fits need not fit. No range is asked about twice, and a single one that fits ends
     it at once. Raises ValueError for a count below 1.
     """
-    _at_least_one("count", count)
+    if count < 1:
+        raise ValueError(f"count: {count} came; wanted 1 at least")
     # breadth first from the end: a unit is reached in the round of the fewest ranges from it on
     ends: dict[int, int] = {}
     reached, waiting = [count], list(range(count))
@@ -70,24 +71,3 @@ def fewest(fits: Callable[[int, int], bool], count: int) -> list[tuple[int, int]
         ranges.append((first, ends[first] - 1))
         first = ends[first]
     return ranges
-
-
-def widest(widths: Sequence[float], fits: Callable[[float], bool]) -> float | None:
-    """The largest of the widths, in any order, that fits; None when none does. Raises ValueError for no widths."""
-    if not widths:
-        raise ValueError("widths: none came; wanted one at least")
-    return next((w for w in sorted(widths, reverse=True) if fits(w)), None)
-
-
-def deepest(count: int, fits: Callable[[int], bool]) -> int | None:
-    """How many of the first units of `count` fit at most, 1 .. count; None when not even one does.
-
-    `fits` takes the number of units. Raises ValueError for a count below 1.
-    """
-    _at_least_one("count", count)
-    return next((n for n in range(count, 0, -1) if fits(n)), None)
-
-
-def _at_least_one(name: str, count: int) -> None:
-    if count < 1:
-        raise ValueError(f"{name}: {count} came; wanted 1 at least")

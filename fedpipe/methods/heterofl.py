@@ -12,13 +12,12 @@ from fedpipe.types import Method, Plan
 
 
 def plan(ctx: PlanCtx) -> Plan | None:
-    for r in sorted(ctx.h["widths"], reverse=True):
+    def slim(r: float) -> Plan:
         scale = {"scale": r} if ctx.h["scaler"] and r < 1 else {}
         build = {"width": r, **scale} if r < 1 else {}
-        slim = Plan(index=ctx.windows(**build), model=tuple(build.items()), weight="one")
-        if ctx.fits(slim):
-            return slim
-    return None
+        return Plan(index=ctx.windows(**build), model=tuple(build.items()), weight="one")
+
+    return ctx.first(slim(r) for r in sorted(ctx.h["widths"], reverse=True))
 
 
 method = Method(name="heterofl", h={"widths": [1.0, 0.5, 0.25, 0.125, 0.0625], "scaler": True}, plan=plan)
