@@ -56,10 +56,11 @@ def _ascending(value: dict[Any, int]) -> dict[Any, int]:
     return dict(sorted(value.items()))
 
 
-Bytes = Annotated[dict[Positive, Positive], Field(min_length=1), _keys(parse_bytes), AfterValidator(_ascending)]
+Size = Annotated[int, Field(ge=1, le=2**60), NUMBER]
+Bytes = Annotated[dict[Size, Positive], Field(min_length=1), _keys(parse_bytes), AfterValidator(_ascending)]
 Width = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
 Widths = Annotated[dict[Width, Positive], Field(min_length=1), _keys(_ratio), AfterValidator(_ascending)]
-Multiple = Annotated[float, Field(gt=0, allow_inf_nan=False), NUMBER]
+Multiple = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False), NUMBER]
 Multiples = Annotated[dict[Multiple, Positive], Field(min_length=1), _keys(_ratio), AfterValidator(_ascending)]
 
 
@@ -67,7 +68,7 @@ class Device(Typed):
     """A kind of device: its memory, and the share of clients that have it."""
 
     name: Annotated[str, Field(min_length=1)]
-    bytes: Annotated[Positive, BeforeValidator(parse_bytes)]
+    bytes: Annotated[Size, BeforeValidator(parse_bytes)]
     share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), NUMBER]
 
 

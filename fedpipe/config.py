@@ -35,6 +35,11 @@ from fedpipe.methodspec import MethodSpec, named, points, setting_label
 __all__ = ["Budgets", "Data", "Local", "ModelSpec", "Optimizer", "Partition", "Run", "Study"]
 
 
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class _Shared(Typed):
     """What a study and each of its runs have in common."""
 
@@ -46,7 +51,7 @@ class _Shared(Typed):
     dropout: Share = Field(0.0, description="probability that a client that has trained does not report back")
     local: Local = Local()
     budgets: Budgets = Budgets()
-    budget: Literal["enforce", "warn", "off"] = Field(
+    budget: Annotated[Literal["enforce", "warn", "off"], BeforeValidator(_off)] = Field(
         "enforce",
         description="a plan or a measured client over its budget is an error; warn: it goes on, and the table marks it;"
         " off: budgets limit nothing",

@@ -23,11 +23,13 @@ HEADERS = ("Clients", "Budget", "Phase", "Trains", "Runs again", *(k.capitalize(
 def explain(study: Path, overrides: list[str], methods: list[str] | None, out: Path | None) -> None:
     """Run the steps up to `assign` for the first seed of every setting; print its plans, and draw them beside.
 
-    Settings that a selection would tune are shown for every point of their grid. Raises the first FedpipeError, once
-    the others have been shown.
+    Settings that a selection would tune are shown for every point of their grid. A plan over its budget is shown, too,
+    with a line that says so. Files lie in `explain/` in the results folder. Raises the first FedpipeError, once the
+    others have been shown.
     """
     spec = load_study(study, overrides, methods)
-    paths = StudyPaths(out or Path("results") / spec.name, spec)
+    spec = spec.model_copy(update={"budget": "warn"}) if spec.budget == "enforce" else spec
+    paths = StudyPaths((out or Path("results") / spec.name) / "explain", spec)
     shown: set[str] = set()
     failed: list[FedpipeError] = []
     with held(paths.root):
@@ -37,9 +39,10 @@ def explain(study: Path, overrides: list[str], methods: list[str] | None, out: P
                 shown.add(p.run.label)
                 try:
                     _plan(p)
-                    _show(p, paths.root / "explain")
+                    _show(p, paths.root)
                 except FedpipeError as e:
                     failed.append(FedpipeError(f"{p.run.label}: {e}"))
+                    print(f"fedpipe: {failed[-1]}", file=sys.stderr, flush=True)
     if failed:
         raise failed[0]
 

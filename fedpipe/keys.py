@@ -79,8 +79,14 @@ class Local(Typed):
         [], description="ranges of units, first and last, that run again in the backward: [[b1, b3]]"
     )
     recompute: Literal["given", "auto"] = Field(
-        "given", description="auto: what levels and again leave free runs again, as little as the budget takes"
+        "given", description="auto: as little runs again as the budget takes; levels and again must then be empty"
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Local":
+        if self.recompute == "auto" and (self.levels or self.again):
+            raise ValueError("recompute: auto chooses levels and again by itself; wanted neither beside it")
+        return self
 
 
 class Evaluate(Typed):

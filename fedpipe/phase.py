@@ -21,12 +21,12 @@ Slots = dict[str, dict[str, Any]]  # optimizer state by name
 
 
 def optimizer(spec: Optimizer, leaves: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """The study's optimizer of these leaves."""
+    """The study's optimizer of these leaves, one after another: all at once takes another model's bytes on the way."""
     wd = spec.weight_decay
     if spec.name == "sgd":
-        return torch.optim.SGD(leaves, lr=lr, momentum=spec.momentum, weight_decay=wd)
+        return torch.optim.SGD(leaves, lr=lr, momentum=spec.momentum, weight_decay=wd, foreach=False)
     kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
-    return kind(leaves, lr=lr, weight_decay=wd)
+    return kind(leaves, lr=lr, weight_decay=wd, foreach=False)
 
 
 def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:

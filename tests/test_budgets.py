@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedpipe import io
 from fedpipe.__main__ import main
 from fedpipe.budgets import Budgets, Limit
-from fedpipe.config import Study
+from fedpipe.config import Local, Study
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.memory import measure
@@ -24,6 +24,7 @@ from fedpipe.memory.parts import Parts
 from fedpipe.paths import RunPaths
 from fedpipe.runtime import Runtime
 from fedpipe.steps.measure import width_bytes, widths_bytes
+from fedpipe.studyfile import load_study
 
 MIB = 2**20
 PHONES = [{"name": "tablet", "bytes": "2GiB", "share": 0.25}, {"name": "phone", "bytes": "512MiB", "share": 0.75}]
@@ -149,6 +150,8 @@ def phone(**keys: Any) -> list[dict[str, Any]]:
         ({"bytes": {float("inf"): 3}}, "inf is no size"),
         ({"bytes": {True: 3}}, "True is no size"),
         ({"bytes": {"1MiB": 1, MIB: 2}}, f"{MIB} stands there twice"),
+        ({"bytes": {"10000000000GiB": 3}}, "less than or equal to 1152921504606846976"),
+        ({"fraction": {1e300: 3}, "surplus": True}, "less than or equal to 1000"),
         ({"bytes": {"1MiB": 0}}, "greater than or equal to 1"),
         ({"bytes": {"1MiB": True}}, "wanted a number"),
         ({"like_width": {0: 3}}, "greater than 0"),
@@ -176,6 +179,12 @@ def phone(**keys: Any) -> list[dict[str, Any]]:
 def test_bad_forms_are_refused(keys: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(wanted)):
         Budgets.model_validate(keys)
+
+
+def test_recomputation_is_given_or_chosen() -> None:
+    for keys in ({"levels": {"b*": 1}}, {"again": [["b1", "b2"]]}):
+        with pytest.raises(ValidationError, match="auto chooses levels and again by itself; wanted neither beside it"):
+            Local.model_validate({"recompute": "auto", **keys})
 
 
 def test_counts_that_do_not_fit_the_clients_are_refused() -> None:
@@ -237,8 +246,8 @@ def test_what_is_over_is_said_of_each_phase() -> None:
     )
     assert str(found[0]) == f"{said} are over their budgets of 4.00 MiB, 5.00 MiB"
     with pytest.raises(FedpipeError, match=f"^{re.escape(said)}.*1 more of the plans' phases are over.*; budget: warn"):
-        judge_plans(found, "enforce")
-    judge_plans([], "enforce")
+        judge_plans(found, "enforce", "stop")
+    judge_plans([], "enforce", "stop")
     assert not plans_over([(0, "p1", MIB)], parts.__getitem__, 0.0)
 
 
@@ -295,6 +304,25 @@ def test_a_plan_over_its_budget_goes_on_and_is_marked(
     assert f"<td>{peak} †</td><td>2</td><td>{seen['measured_peak'] / MIB:.3f} †</td>" in html
     assert f"<td>{100 * seen['peak_excess']:.1f}</td>" in html and "Time (s)" in html
     assert "What is over its budget goes on and is marked." in html
+
+
+def test_a_plan_over_its_budget_is_dropped(mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budgets = {"fraction": {1 / 1.1: 2, 1.0: 4}}
+    ended = Ended(tmp_path, capsys, f"{mine}:careless", budgets=budgets, on_client_failure="drop")
+    assert ended.status == 0 and not ended.over
+    (line,) = ended.said
+    assert re.fullmatch(rf"fedpipe: {LINE} budget of 0\.\d+ MiB; dropped", line)
+    assigned = ended.rows("runs/*/assignment.parquet")
+    assert [r["plan"] is None and r["needs"] > r["budget"] for r in assigned] == [True] * 2 + [False] * 4
+    assert ended.rows("table.parquet")[0]["taking_part"] == 4
+
+
+@pytest.mark.parametrize("word", ["off", '"off"', "warn", "enforce"])
+def test_words_of_budget_are_those_of_yaml(word: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(f"name: s\nmethods: [fedavg]\nbudget: {word}\n")
+    assert load_study(file).budget == word.strip('"')
+    assert load_study(file, ["budget=off"]).budget == "off"
 
 
 def test_budgets_that_are_off_limit_nothing(mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

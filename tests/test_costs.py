@@ -18,7 +18,7 @@ from fedpipe.context import with_margin, without_margin
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.explain import spans
-from fedpipe.memory import Parts
+from fedpipe.memory import Parts, Peak
 from fedpipe.memory.costs import Costs
 from fedpipe.memory.stretch import Again, Stretch, of, ranges
 from fedpipe.methods import fedepth
@@ -102,9 +102,9 @@ def test_units_that_are_built_alike_are_traced_once(monkeypatch: pytest.MonkeyPa
     real = module.trained
     monkeypatch.setattr(module, "trained", lambda *a, **k: calls.append(1) or real(*a, **k))
     costs = runtime("preresnet20").chooser.costs()
-    assert [costs.way(u, 0, True) == costs.way(2, 0, True) for u in (3, 5, 8)] == [False, False, False]  # other indices
-    assert costs.way(2, 0, True).saved == costs.way(3, 0, True).saved
-    assert len(calls) == 3  # b2 (for b3), b5, b8
+    found = [costs.way(u, 0, True) for u in (2, 3, 5, 8)]
+    assert found[0].saved == found[1].saved > found[2].saved > found[3].saved
+    assert len(calls) == 3  # b2 and b3, b5, b8
 
 
 def narrow(c1: int, c2: int, c3: int) -> Chain:
@@ -186,7 +186,7 @@ def test_a_plan_of_64_blocks_is_predicted_in_a_second(tmp_path: Path) -> None:
         began = time.process_time()
         assert rt.predictor.peaks(Plan(phases=(Phase(levels=levels),)))[0] > 2**20
         spent.append(time.process_time() - began)
-    assert min(spent) < 1, spent
+    assert sorted(spent)[1] < 1, spent
 
 
 @pytest.mark.parametrize("model", ["preresnet20", {"name": "vit_tiny", "depth": 3}])
@@ -244,17 +244,17 @@ def test_fedepths_blocks_cover_the_chain_fit_and_are_fewest(model: Any, recomput
         assert [u for block in blocks for u in block] == list(ctx.units)
         assert with_margin(max(rt.predictor.peaks(plan)), 0.05) <= budget
         counts.append(len(blocks))
-        if recompute == "given":
+        if share > 0 or recompute == "given":
             assert len(blocks) == brute_force(rt, without_margin(budget, 0.05))
     assert counts[0] == 1 and len(counts) > 1
     assert counts == sorted(counts)
 
 
 def brute_force(rt: Runtime, limit: int) -> int:
-    """Fewest blocks, by the traces of all of them."""
+    """Fewest blocks, by whole traces of all of them, recomputed as the study has it."""
     count = len(rt.build().names) - 2
     pairs = [(a, b) for a in range(1, count + 1) for b in range(a, count + 1)]
-    fits = {p: rt.predictor.peaks(Plan(phases=(phase_of(rt, *p),)))[0] <= limit for p in pairs}
+    fits = {p: isinstance(rt.chooser.fitted(Plan(phases=(phase_of(rt, *p),)), limit), Plan) for p in pairs}
     for cuts in range(count):
         for inner in itertools.combinations(range(1, count), cuts):
             edges = [0, *inner, count]
@@ -332,6 +332,66 @@ def test_activations_are_what_recomputation_saves() -> None:
     assert "activations" in plain.largest.split(",")[0] and len(plain.largest.split(",")) == 3
 
 
+def test_what_no_gradient_reaches_has_no_state() -> None:
+    """Units behind `upto` are live here, and never run: their optimizer keeps nothing for them."""
+    rt = runtime("preresnet20", optimizer={"name": "adamw"})
+    plan = Plan(phases=(Phase(upto="b2"),))
+    (parts,) = rt.predictor.parts(plan)
+    assert parts.optimizer < parts.parameters / 10
+    client = rt.client(rt.ctx(client=0), rt.received(plan, rt.state0), torch.arange(8))
+    client.batches = lambda phase, index: [torch.arange(8)] * 2
+    peaks: list[Peak] = []
+    rt.loop(lambda index, held: peaks.append(Peak(held.values())) or peaks[-1]).train([client], plan)  # type: ignore[func-returns-value]
+    assert parts.peak == pytest.approx(peaks[0].bytes, rel=0.002)
+
+
+class Repeated(nn.Module):
+    """Keeps `count` copies of its input for the backward."""
+
+    def __init__(self, count: int, sizes: Any = None) -> None:
+        super().__init__()
+        self._count, self.sizes = count, sizes
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self._count):
+            x = torch.tanh(x * self.scale)
+        return x
+
+
+def test_units_that_differ_in_private_settings_are_not_alike() -> None:
+    units = [("stem", nn.Flatten()), ("a", Repeated(1, ([1], 2))), ("b", Repeated(20)), ("c", nn.Linear(768, 768))]
+    costs = Costs(Chain([*units, ("head", nn.Linear(768, 768))], (3, 16, 16)), 8, Optimizer())
+    assert costs.way(2, 0, True).saved > 5 * costs.way(1, 0, True).saved
+    # a unit built like the head is not the head
+    fixed = Costs(costs.chain, 8, Optimizer(), ("model/a.*",))
+    assert fixed.still[3].rise > 0 and fixed.tail(3).gradients == 0 and fixed.way(3, 0, True).gradients == 0
+
+
+@pytest.mark.parametrize("recompute", ["given", "auto"])
+def test_units_that_cannot_be_linked_end_no_block(recompute: str) -> None:
+    rt = runtime({"name": "mlp", "hidden": [64, 32, 16]}, method="fedepth", recompute=recompute)
+    (whole,) = rt.predictor.peaks(Plan())
+    rich = fedepth.method.plan(rt.plan_ctx(Row(budget=with_margin(whole, 0.05), samples=8)))  # type: ignore[misc]
+    assert rich is not None and len(rich.phases) == 1
+    poor = rt.plan_ctx(Row(budget=whole // 3, samples=8))
+    assert fedepth.method.plan(poor) is None and poor.refused[-1] > whole // 3  # type: ignore[misc]
+
+
+def test_blocks_of_a_narrow_model_go_by_its_own_costs() -> None:
+    rt = runtime("preresnet20")
+    ctx = rt.plan_ctx(Row(budget=None, samples=8))
+    model, index = (("width", 0.25),), ctx.windows(width=0.25)
+
+    def build(blocks: Any) -> Plan:
+        return Plan(phases=fedepth.phases(ctx, blocks), model=model, index=index)
+
+    (needs,) = rt.predictor.peaks(build([ctx.units]))
+    limited = rt.plan_ctx(Row(budget=with_margin(needs, 0.05) + 64, samples=8))
+    plan = limited.fewest(build)
+    assert plan is not None and len(plan.phases) == 1 and plan.model == model
+
+
 def test_words_in_a_row_are_shortened() -> None:
     assert spans(["stem", "b1", "b2", "b3", "b5", "head"]) == "stem b1-b3 b5 head"
     assert spans(["b9", "b10"]) == "b9-b10" and spans([]) == ""
@@ -349,9 +409,9 @@ def test_explain_shows_plans_and_trains_nothing(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "fedavg: the predicted peak" in said and "left out: needs" in said
     assert "Activations" in said and "Of budget" in said
-    assert sorted(f.suffix for f in (out / "explain").iterdir()) == [".png", ".png", ".svg", ".svg"]
-    assert not list(out.glob("runs/*/rounds/*")) and not list(out.glob("runs/*/state/000002"))
-    plans = [io.read_table(p) for p in sorted(out.glob("runs/*/plans.parquet"))]
+    assert sorted(f.suffix for f in (out / "explain").glob("plans_*")) == [".png", ".png", ".svg", ".svg"]
+    assert not list(out.glob("**/rounds/*")) and not list(out.glob("**/state/000002")) and not (out / "runs").exists()
+    plans = [io.read_table(p) for p in sorted(out.glob("explain/runs/*/plans.parquet"))]
     assert len(plans) == 2
     for row in (r for t in plans for r in t.to_pylist()):
         assert (

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from fedpipe.errors import FedpipeError
 from fedpipe.memory import planner, proxy
 from fedpipe.memory.costs import Costs
-from fedpipe.memory.stretch import Again, Stretch, of, ranges
+from fedpipe.memory.stretch import Again, Ranges, Stretch, of, ranges
+from fedpipe.models.chain import Chain
 from fedpipe.recompute import Policy
 from fedpipe.types import Patterns, Phase, Plan
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 TRIES = 4  # to find room for what a method holds besides plain training
 Block = tuple[str, ...]
+NEVER = 2**62  # bytes
 ALL: Patterns = ("model/*",)
 
 
@@ -27,6 +29,8 @@ class Chooser:
         self.auto = self.local.recompute == "auto"
         self._units: dict[object, object] = {}
         self._costs: dict[object, Costs] = {}
+        self._narrow: dict[Chain, Ranges] = {}
+        self._mixed: dict[tuple[Chain, int, int], int] = {}
 
     def costs(self, plan: Plan | None = None, live: Patterns = ALL) -> Costs:
         """What units add to the peaks of plain training of a plan's model, or of the whole one."""
@@ -75,39 +79,53 @@ class Chooser:
         return phase if peak <= limit else peak
 
     def fewest(self, limit: int, build: Callable[[Sequence[Block]], Plan]) -> Plan | int:
-        """`build` of the fewest blocks of units with which all phases are within the limit, or the bytes the largest
-        unit needs. `build` makes a phase of each block: its units are trained, the head, and the stem with the first.
+        """`build` of the fewest blocks of units with which all phases are within the limit, or bytes that would do.
+
+        `build` makes a phase of each block: its units are trained, the head, and the stem with the first. What runs
+        again is looked for unit by unit here; `fitted` looks at ranges, too.
         """
         units, room = self.units, limit
         found: Plan | int = limit + 1
         for _ in range(TRIES):
 
             def fits(first: int, last: int, room: int = room) -> bool:
-                return self.least(units[first : last + 1], build) <= room
+                return self.least(units[first : last + 1], build, room) <= room
 
             blocks = planner.fewest(fits, len(units))
             if blocks is None:
-                return max(limit + 1, *(self.least((u,), build) + limit - room for u in units))
+                alone = max(self.least((u,), build, room) for u in units)
+                return max(limit + 1, (alone if alone < NEVER else self.least(units, build, room)) + limit - room)
             found = self.fitted(build([units[a : b + 1] for a, b in blocks]), limit)
             if isinstance(found, Plan):
                 break
             room -= found - limit
         return found
 
-    def least(self, block: Block, build: Callable[[Sequence[Block]], Plan]) -> int:
-        """The least peak of a block that the study's recomputation allows, by the costs of its units."""
-        policy = Policy(tuple(self.local.levels.items()), tuple(self.local.again))
-        if policy.again:
+    def least(self, block: Block, build: Callable[[Sequence[Block]], Plan], enough: int) -> int:
+        """The least peak of a block that the study's recomputation allows, by the costs of its units, or one that is
+        `enough` or less. NEVER for a block whose last unit cannot be linked to the head."""
+        if self.local.again:
             return max(self.runtime.predictor.peaks(build([block])))
-        if policy.levels:
-            costs = self.costs()
-            first, last = costs.body.index(block[0]), costs.body.index(block[-1])
-            return Stretch(costs, 0 if first == 1 else first, last).under(policy)
-        known = self.runtime.predictor.ranges
+        costs = self.costs(build([self.units]))
+        first, last = costs.body.index(block[0]), costs.body.index(block[-1])
+        stretch = Stretch(costs, 0 if first == 1 else first, last)
+        if self.local.levels:
+            return stretch.under(Policy(tuple(self.local.levels.items()))) if costs.links(last) else NEVER
+        peak = min(self._ranges(costs).get((block[0], block[-1]), {Again: NEVER}).values())
+        if peak <= enough or not self.auto or peak == NEVER:
+            return peak
+        key = costs.chain, first, last
+        if key not in self._mixed:
+            self._mixed[key] = stretch.smallest(alone=True)
+        return self._mixed[key]
+
+    def _ranges(self, costs: Costs) -> Ranges:
+        """Those of the whole model are kept in `prediction.parquet`."""
+        whole = costs.chain is self.runtime.build()
+        known = self.runtime.predictor.ranges if whole else self._narrow.setdefault(costs.chain, {})
         if not known:
-            costs = self.costs()
             known |= ranges(costs, (*costs.levels, Again) if self.auto else (0,))
-        return min(known[block[0], block[-1]].values())
+        return known
 
     def greedy(self, ratio: float | None) -> tuple[list[Block], list[str]]:
         """FeDepth's published blocks for a client of a share of the whole network's activations, and the units that

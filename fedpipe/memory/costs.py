@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpipe.config import Optimizer
+from fedpipe.errors import FedpipeError
 from fedpipe.memory.predict import tensor_bytes
 from fedpipe.memory.recomputation import Option, peak
 from fedpipe.memory.unit import Pass, Run, Sample, Still, still, trained, updated
@@ -85,6 +86,14 @@ class Costs:
         drawing = traits.drawing(self.chain)
         return frozenset(u for u, name in enumerate(self.body) if u and name not in drawing)
 
+    def links(self, unit: int) -> bool:
+        """Whether a unit's output can be brought to the head."""
+        try:
+            self.tail(unit)
+        except FedpipeError:
+            return False
+        return True
+
     def trains(self, name: str) -> bool:
         """Whether any tensor of a unit is trained."""
         return bool(self._of(name)[1])
@@ -134,7 +143,10 @@ class Costs:
 
         at, live = self._of(self.head)
         given = self.inputs[u]
-        p = self._once((self.head, live, given), lambda: trained(loss, at, live, given, deep=True, loss=True))
+        p = self._once(
+            (self.head, live, "tail", given, self.chain.features),
+            lambda: trained(loss, at, live, given, deep=True, loss=True),
+        )
         return Option(u, u, 0, p.saved, p.input, False, p.forward, p.backward, p.gradients, 0.0)
 
     @cache  # noqa: B019
@@ -142,12 +154,14 @@ class Costs:
         name, given = self.body[unit], self.inputs[unit]
         at, live = self._of(name)
         run = self._run(unit, Policy(((name, level),) if level else ()))
-        key = (name, live, given, level, deep, *backward.values())
+        key = (name, live, "pass", given, level, deep, *backward.values())
         return self._once(key, lambda: trained(run, at, live, given, deep, **backward))
 
     def _still(self, unit: int) -> Still:
         name, given = self.body[unit], self.inputs[unit]
-        return self._once((name, (), given), lambda: still(self._run(unit, Policy()), self._of(name)[0], given))
+        return self._once(
+            (name, (), "still", given), lambda: still(self._run(unit, Policy()), self._of(name)[0], given)
+        )
 
     @cache  # noqa: B019
     def _update(self, name: str) -> tuple[int, int]:
@@ -175,12 +189,15 @@ class Costs:
         return found
 
 
+_PLAIN = (int, float, str, tuple, type(None))
+
+
 def _build(module: nn.Module) -> tuple[Any, ...]:
     """What two modules share that do the same to the same shapes: types, plain settings, shapes of their tensors."""
     parts = []
     for name, m in module.named_modules():
-        settings = {k: v if isinstance(v, int | float | str | tuple | None) else id(v) for k, v in vars(m).items()}
-        plain = tuple((k, v) for k, v in sorted(settings.items()) if not k.startswith("_"))
+        own = {k: v for k, v in vars(m).items() if k not in vars(nn.Module())}
+        plain = tuple((k, repr(v) if isinstance(v, _PLAIN) else id(v)) for k, v in own.items())
         tensors = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
-        parts.append((name, type(m), plain, tuple((n, t.shape, t.dtype) for n, t in tensors)))
+        parts.append((name, type(m), m.training, plain, tuple((n, t.shape, t.dtype) for n, t in tensors)))
     return tuple(parts)

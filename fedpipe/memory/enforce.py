@@ -31,6 +31,7 @@ class Over:
     """A phase of a plan whose predicted peak and margin are over the budgets of clients who were given it."""
 
     clients: tuple[int, ...]
+    plan: str
     phase: int  # from 0
     phases: int
     budgets: tuple[int, ...]
@@ -66,18 +67,21 @@ def plans_over(
             needs = with_margin(p.peak, margin)
             if who := tuple(sorted(c for c, b in budgets.items() if b < needs)):
                 limits = tuple(sorted({budgets[c] for c in who}))
-                out.append(Over(who, i, len(phases), limits, p, margin))
+                out.append(Over(who, plan, i, len(phases), limits, p, margin))
     return out
 
 
-def judge_plans(found: list[Over], how: str) -> None:
-    """Raise FedpipeError for the phase that is over by most (`enforce`), or say each in a line (`warn`)."""
-    if found and how == "enforce":
+def judge_plans(found: list[Over], how: str, on: str) -> set[tuple[int, str]]:
+    """Raise FedpipeError for the phase that is over by most (`enforce`), or say each in a line: `warn` goes on, and a
+    study that drops clients that fail (`on`) drops them. Returns who is dropped, and from which plan."""
+    drop = how == "enforce" and on == "drop"
+    if found and how == "enforce" and not drop:
         worst = max(found, key=lambda o: o.excess)
         more = f" (and {len(found) - 1} more of the plans' phases are over)" if len(found) > 1 else ""
         raise FedpipeError(f"{worst}{more}; budget: warn goes on and marks the cells")
-    for over in found if how == "warn" else ():
-        print(f"fedpipe: {over}; going on", file=sys.stderr, flush=True)
+    for over in found if how != "off" else ():
+        print(f"fedpipe: {over}; {'dropped' if drop else 'going on'}", file=sys.stderr, flush=True)
+    return {(client, over.plan) for over in found for client in over.clients} if drop else set()
 
 
 class Witness:

@@ -14,7 +14,7 @@ from fedpipe.context import Ctx
 from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.memory.predict import Span, Trace
 from fedpipe.memory.stretch import Ranges
-from fedpipe.models.chain import Chain
+from fedpipe.models import REGISTRY
 from fedpipe.phase import default_loss
 from fedpipe.plans import key
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors
@@ -84,8 +84,32 @@ class Predictor:
             )
             del at
             loop = rt.loop(probe)
-            replace(loop, method=_hastened(loop.method, rt.chain(plan))).train([client], plan)
+            replace(loop, method=self._hastened(loop.method, plan)).train([client], plan)
         return spans[0].parts
+
+    def _hastened(self, method: Method, plan: Plan) -> Method:
+        """The method, whose first step only makes the optimizer's state: forward and backward are traced in the second.
+
+        Only where a loss changes nothing but by its gradients, and every tensor of a unit that runs has one: the hooks
+        of a method may do otherwise, and so may a user's network.
+        """
+        chain, (phase,) = self.runtime.chain(plan), plan.phases
+        if method.loss is not None or chain.buffer_names or self.runtime.run.model.name not in REGISTRY:
+            return method
+        body = chain.names[:-1]
+        run = {*body[: body.index(phase.upto) + 1 if phase.upto in body else None], chain.names[-1]}
+        first = iter([True])
+
+        def loss(at: Tensors, batch: Batch, ctx: Ctx) -> Any:
+            reached = [t for n, t in at.items() if t.requires_grad and unit_of(n) in run]
+            return _Nothing.apply(*reached) if next(first, False) and reached else default_loss(at, batch, ctx)
+
+        return replace(method, loss=loss)
+
+
+def unit_of(name: str) -> str | None:
+    """The unit of a tensor of the model: `model/b1.conv.weight` is of b1."""
+    return name.removeprefix("model/").partition(".")[0] if name.startswith("model/") else None
 
 
 class _Nothing(torch.autograd.Function):
@@ -99,22 +123,6 @@ class _Nothing(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
-
-
-def _hastened(method: Method, chain: Chain) -> Method:
-    """The method, whose first step only makes the optimizer's state: forward and backward are traced in the second.
-
-    Only where a loss changes nothing but by its gradients; the hooks of a method may."""
-    if method.loss is not None or chain.buffer_names:
-        return method
-    first = iter([True])
-
-    def loss(at: Tensors, batch: Batch, ctx: Ctx) -> Any:
-        if next(first, False):
-            return _Nothing.apply(*(t for t in at.values() if t.requires_grad))
-        return default_loss(at, batch, ctx)
-
-    return replace(method, loss=loss)
 
 
 def candidate(plan: Plan) -> str:

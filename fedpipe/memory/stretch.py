@@ -1,7 +1,6 @@
 """A stretch of units trained together: its peak at any levels of recomputation, and the least of it that fits."""
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 
 from fedpipe.memory.costs import Costs
 from fedpipe.memory.planner import Option, cheapest, smallest
@@ -33,13 +32,13 @@ class Stretch:
             return self.costs.again(unit, unit, deep) if unit in self.costs.steady else self.costs.way(unit, 0, deep)
         return self.costs.way(unit, level, deep)
 
-    @cached_property
-    def options(self) -> tuple[list[Option], list[int]]:
-        """Every way to train each unit and every range that may run again, and the tail; inputs in bytes."""
+    def options(self, alone: bool = False) -> tuple[list[Option], list[int]]:
+        """Every way to train each unit and every range that may run again, or of these only single units, and the
+        tail; inputs in bytes."""
         costs = self.costs
         ways = [costs.way(u, n, u > self.first) for u in self.units for n in costs.has(u)]
         for a in self.units:
-            for b in range(a, self.last + 1):
+            for b in range(a, (a if alone else self.last) + 1):
                 if b not in costs.steady:
                     break
                 ways.append(costs.again(a, b, a > self.first))
@@ -50,12 +49,12 @@ class Stretch:
         held, *others = self.costs.constant(self.first, self.last, 0)
         if max(held, *others) > limit:
             return None
-        chosen = cheapest(*self.options, limit - held)
+        chosen = cheapest(*self.options(), limit - held)
         return None if chosen is None else self._policy(chosen[:-1])
 
-    def smallest(self) -> int:
-        """The least peak in bytes that recomputation can reach."""
-        return max(self.costs.constant(self.first, self.last, smallest(*self.options)))
+    def smallest(self, alone: bool = False) -> int:
+        """The least peak in bytes that recomputation can reach; alone: of single units."""
+        return max(self.costs.constant(self.first, self.last, smallest(*self.options(alone))))
 
     def _policy(self, chosen: Sequence[Option]) -> Policy:
         names = self.costs.body[self.first :]
@@ -71,10 +70,12 @@ def of(costs: Costs, phase: Phase) -> Stretch | None:
 
 
 def ranges(costs: Costs, levels: Iterable[int | None]) -> Ranges:
-    """The peaks of every range of units after the stem, which goes with the first of them, at some levels."""
+    """The peaks of every range of units after the stem, which goes with the first of them, at some levels; none of a
+    range whose last unit cannot be linked to the head."""
     names, found = costs.body, Ranges()
+    linked = [last for last in range(1, len(names)) if costs.links(last)]
     for first in range(1, len(names)):
-        for last in range(first, len(names)):
+        for last in (u for u in linked if u >= first):
             stretch = Stretch(costs, 0 if first == 1 else first, last)
             found[names[first], names[last]] = {level: stretch.peak(level) for level in levels}
     return found

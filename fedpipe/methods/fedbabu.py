@@ -19,7 +19,7 @@ def finish(ctx: PlanCtx) -> Plan | None:
     head = ctx.tensors(ctx.head)
     live = {"full": ("model/*",), "body": ("model/*", *(f"!{p}" for p in head)), "head": head}[ctx.h["part"]]
     tune = Phase("finetune", live=live, epochs=ctx.h["finetune_epochs"], lr=ctx.h["finetune_lr"])
-    return Plan(phases=(tune,), hold=("in/model/*",))
+    return ctx.if_fits(Plan(phases=(tune,), hold=("in/model/*",)))
 
 
 method = Method(

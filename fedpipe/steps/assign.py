@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from fedpipe import io, machine
 from fedpipe.budgets import Limit
-from fedpipe.context import RouteCtx
+from fedpipe.context import RouteCtx, with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.memory.enforce import judge_plans, plans_over, row_of
@@ -36,17 +36,20 @@ def run(
 ) -> None:  # fmt: skip
     """Write plans, assignment, route, state 0 and an empty own folder.
 
-    Raises FedpipeError when no client can take part, and under `budget: enforce` for a plan over its budget.
+    Raises FedpipeError when no client can take part, and under `budget: enforce` for a plan over its budget, unless the
+    study drops clients that fail: then those who were given it take no part.
     """
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
     people = _people(clients, rt.predictor.remember(io.read_table(prediction)))
     chosen = _Plans(rt)
     stages = [chosen.stages(p) for p in people]
-    if not chosen.names:
-        raise FedpipeError(_nobody(rt, people, chosen))
     given = ((p["client"], pid, p["budget"]) for p, mine in zip(people, stages, strict=True) for _, pid in mine)
-    judge_plans(plans_over(given, chosen.parts, spec.margin), spec.budget)
+    over = plans_over(given, chosen.parts, spec.margin)
+    dropped = judge_plans(over, spec.budget, spec.on_client_failure)
+    stages = [chosen.without(p, mine, dropped) for p, mine in zip(people, stages, strict=True)]
+    if not any(pid for mine in stages for _, pid in mine):
+        raise FedpipeError(_nobody(rt, people, chosen))
     by_client = {p["client"]: (p, s) for p, s in zip(people, stages, strict=True)}
     rows = schedule(
         thinned((rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)), spec),
@@ -99,7 +102,7 @@ class _Plans:
         self.rt = rt
         self.plans: dict[str, Plan] = {}
         self.names: dict[str, str] = {}
-        self.needs: dict[Row, int | None] = {}
+        self.needs: dict[tuple[Row, int], int | None] = {}
         self.made: dict[tuple[Row, int], str | None] = {}
 
     def row(self, person: dict[str, Any]) -> Row:
@@ -118,13 +121,26 @@ class _Plans:
                 out.append((t, plan))
         return out
 
+    def without(
+        self, person: dict[str, Any], stages: list[tuple[int, str | None]], dropped: set[tuple[int, str]]
+    ) -> list[tuple[int, str | None]]:
+        """A client's stages without the plans (client, plan) that it was found not to hold."""
+        out: list[tuple[int, str | None]] = []
+        for first, pid in stages:
+            if pid is not None and (person["client"], pid) in dropped:
+                most = max(parts.peak for parts in self.parts(pid))
+                self.needs[self.row(person), first] = with_margin(most, self.rt.run.margin)
+                pid = None
+            out.append((first, pid))
+        return out
+
     def _make(self, row: Row, round: int) -> str | None:
         if (row, round) not in self.made:
             plan, needs = make_plan(self.rt, row, round)
             pid = self.names.setdefault(key(plan), f"p{len(self.names)}") if plan else None
             if plan and pid:
                 self.plans[pid] = plan
-            self.needs[row] = needs
+            self.needs[row, round] = needs
             self.made[row, round] = pid
         return self.made[row, round]
 
@@ -139,7 +155,7 @@ def _assignment(
     rows = []
     for p, mine in zip(people, stages, strict=True):
         for first, pid in mine:
-            needs = None if pid else chosen.needs[chosen.row(p)]
+            needs = None if pid else chosen.needs[chosen.row(p), first]
             predicted = max(parts.peak for parts in chosen.parts(pid)) if pid else None
             rows.append(
                 {k: p[k] for k in ("client", "budget", "ratio", "name", "group", "samples")}

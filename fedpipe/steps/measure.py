@@ -71,7 +71,7 @@ def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | Non
     ctx = rt.plan_ctx(row, round if rt.method.by_round else None)
     plan = rt.method.plan(ctx) if rt.method.plan else ctx.if_fits(Plan())
     if plan is None:
-        return None, ctx.refused[-1] if ctx.refused else None
+        return None, min(ctx.refused, default=None)
     return rt.levelled(plan), None
 
 
