@@ -153,12 +153,9 @@ class PlanCtx:
         """What part of each tensor the model built with these keywords holds (`width=0.5`)."""
         return self.window(build)
 
-    def fits(self, plan: Plan) -> bool:
-        """Whether the plan's predicted peak plus margin stays within the row's budget, recomputed if the study says."""
-        return self.if_fits(plan) is not None
-
     def if_fits(self, plan: Plan) -> Plan | None:
-        """The plan, recomputing as much as the row's budget takes where the study leaves that free; None: too large."""
+        """The plan if its predicted peak and the margin are within the row's budget, else None. Where the study leaves
+        recomputation free, it recomputes as much as that takes."""
         limit = self._limit
         return plan if limit is None else self._or_refuse(self.choose.fitted(plan, limit))
 

@@ -23,7 +23,7 @@ from fedpipe.memory.limit import SEGMENTS
 from fedpipe.memory.parts import Parts
 from fedpipe.paths import RunPaths
 from fedpipe.runtime import Runtime
-from fedpipe.steps.measure import width_bytes, widths_bytes
+from fedpipe.steps.measure import widths_bytes
 from fedpipe.studyfile import load_study
 
 MIB = 2**20
@@ -216,7 +216,7 @@ def test_every_client_is_given_bytes_a_ratio_and_a_name(mine: str, root: Path) -
 def test_devices_have_their_bytes_and_what_part_of_the_full_need_these_are(root: Path) -> None:
     devices = [{"name": "phone", "bytes": 50_000, "share": 0.5}, {"name": "tablet", "bytes": "1MiB", "share": 0.5}]
     p = assigned(make_run("fedepth", budgets={"devices": devices}), root)
-    full = width_bytes(Runtime(make_run("fedavg"), dataset.load(p.data)), 1.0)
+    full = widths_bytes(Runtime(make_run("fedavg"), dataset.load(p.data)), [1.0])[1.0]
     rows = people(p)
     want = [("phone", 0, 50_000 / full, 50_000)] * 3 + [("tablet", 1, MIB / full, MIB)] * 3
     assert [r[:4] for r in rows] == want

@@ -18,9 +18,10 @@ from fedpipe.context import with_margin, without_margin
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.explain import spans
-from fedpipe.memory import Parts, Peak
+from fedpipe.memory import Parts
 from fedpipe.memory.costs import Costs
 from fedpipe.memory.stretch import Again, Stretch, of, ranges
+from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth
 from fedpipe.models.chain import Chain, load
 from fedpipe.models.preresnet import Block, Head, Stem
@@ -338,11 +339,8 @@ def test_what_no_gradient_reaches_has_no_state() -> None:
     plan = Plan(phases=(Phase(upto="b2"),))
     (parts,) = rt.predictor.parts(plan)
     assert parts.optimizer < parts.parameters / 10
-    client = rt.client(rt.ctx(client=0), rt.received(plan, rt.state0), torch.arange(8))
-    client.batches = lambda phase, index: [torch.arange(8)] * 2
-    peaks: list[Peak] = []
-    rt.loop(lambda index, held: peaks.append(Peak(held.values())) or peaks[-1]).train([client], plan)  # type: ignore[func-returns-value]
-    assert parts.peak == pytest.approx(peaks[0].bytes, rel=0.002)
+    (measured,) = tried(rt, plan, torch.arange(8))
+    assert parts.peak == pytest.approx(measured.bytes, rel=0.002)
 
 
 class Repeated(nn.Module):

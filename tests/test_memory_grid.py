@@ -16,13 +16,14 @@ from conftest import ROOT
 
 from fedpipe.data.dataset import Dataset
 from fedpipe.memory import Peak, tensor_bytes, traced_peak
+from fedpipe.memory.trial import tried
 from fedpipe.runtime import Runtime
 from fedpipe.types import Tensors
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "memory"))
 
 from cases import BATCHES, BLOCKS, OPTIMIZERS, Case, fedepth, grid, heterofl, quick
-from trial import measured, opened, rows
+from trial import opened, rows
 
 MEDIAN, WORST = 0.01, 0.03
 HOLD_OUT = [  # looked at for no rule of the prediction, and not to be
@@ -160,7 +161,7 @@ def test_a_prediction_makes_no_tensor_and_runs_no_client(monkeypatch: pytest.Mon
     state = rt.state0
     monkeypatch.setattr(Dataset, "batch", refuse)
     with pytest.raises(AssertionError, match="a client ran"):
-        measured(rt, plan)
+        tried(rt, plan, torch.arange(rt.run.local.batch))
     monkeypatch.setattr(Runtime, "client", refuse)
     with Peak() as taken:
         peaks = rt.predictor.peaks(plan)

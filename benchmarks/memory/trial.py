@@ -8,11 +8,10 @@ from cases import Case
 
 from fedpipe.config import Study
 from fedpipe.data.dataset import Dataset
-from fedpipe.memory import Peak
-from fedpipe.memory.predictor import STEPS
+from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth
 from fedpipe.runtime import Runtime
-from fedpipe.types import Plan, Row, Tensors
+from fedpipe.types import Plan, Row
 
 SHAPE, CLASSES = (3, 32, 32), 10
 
@@ -41,25 +40,11 @@ def opened(case: Case, device: str = "cpu") -> tuple[Runtime, Plan]:
     return rt, rt.levelled(plan)
 
 
-def measured(rt: Runtime, plan: Plan) -> list[int]:
-    """Peak bytes of each phase, one after another, as a client trains them."""
-    batch = torch.arange(rt.run.local.batch)
-    client = rt.client(rt.ctx(client=0), rt.received(plan, rt.state0), batch)
-    client.batches = lambda phase, index: [batch] * STEPS
-    peaks: list[Peak] = []
-
-    def probe(index: int, held: Tensors) -> Peak:
-        peaks.append(Peak(held.values(), rt.device))
-        return peaks[-1]
-
-    rt.loop(probe).train([client], plan)
-    return [p.bytes for p in peaks]
-
-
 def rows(case: Case, device: str = "cpu") -> list[dict[str, Any]]:
     """A row per phase: the units it trains, its predicted and measured bytes, and the prediction's relative error."""
     rt, plan = opened(case, device)
-    predicted, found = rt.predictor.peaks(plan), measured(rt, plan)
+    predicted = rt.predictor.peaks(plan)
+    found = [p.bytes for p in tried(rt, plan, torch.arange(case.batch))]
     # a process keeps the models of every Runtime, and hundreds of them would fill its memory
     Runtime.build.cache_clear()
     Runtime.windows.cache_clear()

@@ -13,14 +13,15 @@ from fedpipe.config import Run
 from fedpipe.context import with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
+from fedpipe.memory import trial
 from fedpipe.memory.enforce import row_of
-from fedpipe.memory.measure import BESIDE, Peak
+from fedpipe.memory.measure import BESIDE
 from fedpipe.memory.parts import KINDS, mib
-from fedpipe.memory.predictor import STEPS, candidate
+from fedpipe.memory.predictor import candidate
 from fedpipe.runtime import Runtime
 from fedpipe.steps import provenance
 from fedpipe.studyfile import load_run
-from fedpipe.types import Method, Plan, Row, Tensors
+from fedpipe.types import Method, Plan, Row
 
 SCHEMA = pa.schema(
     [("kind", pa.string()), ("candidate", pa.string()), ("width", pa.float64()), ("peak", pa.int64())]
@@ -75,13 +76,8 @@ def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | Non
     return rt.levelled(plan), None
 
 
-def width_bytes(rt: Runtime, width: float) -> int:
-    """What training the width-r model needs: the predicted peak of plain local training, plus the margin."""
-    return widths_bytes(rt, [width])[width]
-
-
 def widths_bytes(rt: Runtime, widths: list[float]) -> dict[float, int]:
-    """`width_bytes` of each."""
+    """What training the model of each width needs: the predicted peak of plain local training, plus the margin."""
     plain = Runtime(rt.run, rt.data, Method()) if widths else rt
     builds = {w: (("width", w),) if w != 1 else () for w in widths}
     plans = {w: Plan(index=plain.windows(build), model=build) for w, build in builds.items()}
@@ -93,17 +89,8 @@ def _try(rt: Runtime, spec: Run, plan: Plan, budget: int | None) -> dict[str, An
     phase = max(range(len(peaks)), key=peaks.__getitem__)
     nearest = replace(plan, phases=(plan.phases[phase],))
     rows = torch.from_numpy((~rt.data.test).nonzero()[0][: spec.local.batch])
-    received = rt.received(nearest, rt.state0)
-    client = rt.client(rt.ctx(client=0), received, rows)
-    client.batches = lambda phase, index: [rows] * STEPS
-    measured: list[Peak] = []
-
-    def probe(index: int, held: Tensors) -> Peak:
-        measured.append(Peak(held.values(), rt.device))
-        return measured[-1]
-
-    rt.loop(probe).train([client], nearest)
-    peak, allowed = measured[0].bytes, with_margin(peaks[phase], spec.margin)
+    (measured,) = trial.tried(rt, nearest, rows)
+    peak, allowed = measured.bytes, with_margin(peaks[phase], spec.margin)
     if len(rows) == spec.local.batch and peak > allowed and spec.budget != "off":
         said = (
             f"measure: phase {plan.phases[phase].name} of method {rt.method.name} needs {mib(peak)} on this device, "
@@ -112,5 +99,5 @@ def _try(rt: Runtime, spec: Run, plan: Plan, budget: int | None) -> dict[str, An
         if spec.budget == "enforce":
             raise FedpipeError(f"{said}; raise margin, or budget: warn goes on")
         print(f"fedpipe: {said}; going on", file=sys.stderr, flush=True)
-    tried = {"budget": budget, "candidate": candidate(nearest), "predicted": peaks[phase], "measured": peak}
-    return tried | measured[0].beside
+    made = {"budget": budget, "candidate": candidate(nearest), "predicted": peaks[phase], "measured": peak}
+    return made | measured.beside
