@@ -58,7 +58,12 @@ class _Shared(Typed):
     )
     evaluate: Evaluate = Evaluate()
     stop: Stop | None = Field(None, description="end a run early: {metric: accuracy, target: 0.9} or {patience: 3}")
-    precision: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "float64", "bfloat16", "tf32"] = Field(
+        "float32",
+        description="bfloat16: parameters in float32, layers of the training in bfloat16; tf32: float32 whose matrix"
+        " products and convolutions round their operands to 10 bits, on CUDA",
+    )
+    compile: bool = Field(False, description="compile captured steps with torch's inductor (other bits; takes a while)")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     stack: Literal["auto"] | Positive = Field(
         "auto", description="most clients trained as one batched program (decides bits); auto: by shapes and device"

@@ -9,6 +9,7 @@ from fedpipe.rng import rng
 from fedpipe.types import Batch, Phase, Plan, Row, Tensors, Update, Window
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from fedpipe.kernels.common import Backend
@@ -35,6 +36,7 @@ class Ctx:
     chain: "Chain | None" = field(default=None, repr=False)
     aggregation: "Backend" = "auto"  # what `mean` runs by
     norm: "Backend" = "auto"  # what levels of recomputation run by
+    half: "torch.dtype | None" = None  # what layers of the training compute in; None: in their parameters' type
 
     def mean(self, state: Tensors, updates: "Iterable[Update]") -> Tensors:
         """The entry-wise weighted mean over the updates that hold an entry: `fedpipe.aggregate.mean`."""
@@ -46,14 +48,25 @@ class Ctx:
         """Logits of the model named by `prefix` on x [n, ...], and the buffers it changed (running statistics)."""
         import torch
 
+        from fedpipe.models.dropout import PREFIX
+
         chain = self.chain
         assert chain is not None, "this context has no model"
         if chain.training != (self.role == "train"):
             chain.train(self.role == "train")
         values = {n: at[prefix + n] for n in chain.tensor_names}
-        buffers = {n: values[n].clone() for n in chain.buffer_names} if self.role == "train" else {}
-        upto = self.phase.upto if self.phase else None
-        z = torch.func.functional_call(chain, {**values, **buffers}, (x,), {"upto": upto, "policy": self._policy()})
+        buffers, masks = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        if self.role == "train":
+            buffers = {n: values[n].clone() for n in chain.buffer_names}
+            masks = {f"{n}.keep": at[PREFIX + n] for n in chain.noise.layers if PREFIX + n in at}
+        p = self.phase
+        words = {"upto": p.upto, "since": p.since, "policy": self._policy()} if p else {}
+        given = {**values, **buffers, **masks}
+        if self.half is None or self.role != "train":
+            z = torch.func.functional_call(chain, given, (x,), words)
+        else:
+            with torch.autocast(x.device.type, self.half, cache_enabled=False):
+                z = torch.func.functional_call(chain, given, (x,), words).to(x.dtype)
         return z, {prefix + n: b for n, b in buffers.items()}
 
     def _policy(self) -> "Policy | None":
@@ -69,11 +82,9 @@ class Ctx:
         return self.forward(at, x, prefix)[0]
 
     def task(self, logits: "Tensor", batch: Tensors) -> "Tensor":
-        """Cross-entropy over the batch, weighted by `batch["w"]` (which sums to 1)."""
-        import torch
-
-        each = torch.nn.functional.cross_entropy(logits, batch["y"], reduction="none")
-        return (each * batch["w"]).sum()
+        """Cross-entropy of logits [n, classes] over the batch, weighted by `batch["w"]` (which sums to 1)."""
+        right = logits.log_softmax(-1).gather(-1, batch["y"].unsqueeze(-1)).squeeze(-1)
+        return -(right * batch["w"]).sum()
 
     def rng(self, purpose: str) -> Any:
         return rng(self.seed, self.round, self.client, purpose)

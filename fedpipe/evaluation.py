@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedpipe.client import default_begin
 from fedpipe.context import Ctx
+from fedpipe.prefix import laid
 from fedpipe.runtime import Runtime
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Row, Tensors
@@ -27,9 +28,10 @@ def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx) -> dict[str, tuple[
     """Mean loss and accuracy of each predicted column over rows [n], in batches of the study's `evaluate.batch`."""
     predict = rt.method.predict or default_predict
     total: dict[str, np.ndarray] = {}
+    layout = rt.layout(ctx.chain or rt.build())
     with torch.no_grad(), seeded(0):
         for part in rows.split(rt.run.evaluate.batch):
-            batch = rt.load(part, len(part))
+            batch = laid(rt.load(part.numpy(), len(part)), layout)
             for column, z in predict(at, batch, ctx).items():
                 loss = torch.nn.functional.cross_entropy(z.double(), batch["y"], reduction="sum")
                 right = (z.argmax(1) == batch["y"]).sum()

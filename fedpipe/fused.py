@@ -1,18 +1,18 @@
 """The step of a phase that names one (`Phase.step`): a kernel's call per live name, in place of an optimizer's step."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fedpipe.config import Local
+from fedpipe.config import Optimizer
 from fedpipe.errors import FedpipeError
 from fedpipe.kernels import bits
 from fedpipe.kernels.common import Backend, words
 from fedpipe.kernels.step import step_
-from fedpipe.types import Phase, Tensors
+from fedpipe.types import Step, Tensors
 
 MOMENTUM = "momentum_buffer"  # torch.optim.SGD's, so that what is carried is the same with and without a fused step
 
@@ -27,13 +27,11 @@ class Fused:
     another shape than the leaf, or no masks.
     """
 
-    def __init__(self, method: str, local: Local, phase: Phase, lr: float, leaves: Tensors, at: Tensors, stacked: bool,
+    def __init__(self, who: str, spec: Optimizer, step: Step, lr: float, leaves: Tensors, at: Tensors, stacked: bool,
                  backend: Backend):  # fmt: skip
-        assert phase.step is not None
-        self.who, self.stacked, self.backend = f"method {method}: phase {phase.name}: step", stacked, backend
-        self.whole = local.optimizer.name == "sgd"
-        self.lr, self.decay, self.momentum = lr, local.optimizer.weight_decay, local.optimizer.momentum
-        step = phase.step
+        self.who, self.stacked, self.backend = who, stacked, backend
+        self.whole = spec.name == "sgd"
+        self.lr, self.decay, self.momentum = lr, spec.weight_decay, spec.momentum
         self.mu = step.mu if step.anchor else 0.0
         self.names = {
             key: self._names(key, pattern, leaves, at)
@@ -42,12 +40,12 @@ class Fused:
         }
         self.masks = self._masks(step.mask, leaves, at) if step.mask else {}
 
-    def __call__(self, leaves: Tensors, d: Tensors, at: Tensors, slots: MutableMapping[Any, dict[str, Any]]) -> None:
-        """Move the leaves that have a direction, and their momentum buffers in the optimizer's slots."""
+    def __call__(self, leaves: Tensors, d: Tensors, at: Tensors, slots: dict[str, dict[str, Any]]) -> None:
+        """Move the leaves that have a direction, and their momentum buffers in the optimizer's slots, by name."""
         for n, leaf in leaves.items():
             if n not in d:
                 continue
-            slot, first = slots[leaf], bool(self.momentum) and MOMENTUM not in slots[leaf]
+            slot, first = slots[n], bool(self.momentum) and MOMENTUM not in slots[n]
             if first:
                 slot[MOMENTUM] = torch.empty_like(leaf)
             held = {key: self._rows(at[names[n]].contiguous()) for key, names in self.names.items()}

@@ -10,13 +10,14 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +31,22 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 BLANK = "seal:" + "0" * 32
+PACKED = ".pack"  # files of many messages: fedpipe.packed
 _SEAL = re.compile(rb"seal:([0-9a-f]{32})")
+# What safetensors calls the types of tensors, as torch calls them.
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "C64": "complex64",
+          "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+          **{f"{k}{n}": f"{t}{n}" for k, t in (("I", "int"), ("U", "uint")) for n in (8, 16, 32, 64)}}  # fmt: skip
 Meta = dict[str, Any]
+Buffer = bytes | bytearray | memoryview | mmap.mmap
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def digest(*parts: str | bytes) -> str:
@@ -53,13 +63,20 @@ def _checksum(raw: bytes | memoryview) -> str:
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
-def _seal(raw: bytes) -> bytes:
-    at = raw.index(BLANK.encode())
+def seal(raw: bytes) -> bytes:
+    """The same bytes with their checksum in the place of `BLANK`."""
+    at, view = raw.index(BLANK.encode()), memoryview(raw)
     value = f"seal:{_checksum(raw)}".encode()
-    return raw[:at] + value + raw[at + len(value) :]
+    return b"".join((view[:at], value, view[at + len(value) :]))
 
 
-def verify(raw: bytes | mmap.mmap, name: str) -> None:
+def seal_of(raw: Buffer) -> str:
+    """The seal that sealed bytes carry, unchecked."""
+    found = _SEAL.search(raw)
+    return found[0].decode() if found else ""
+
+
+def verify(raw: Buffer, name: str) -> None:
     """Raise `Damaged`, naming the file, unless `raw` is exactly what was written."""
     view = memoryview(raw)
     for m in _SEAL.finditer(raw):
@@ -76,7 +93,12 @@ def verify(raw: bytes | mmap.mmap, name: str) -> None:
 def whole(path: Path) -> bool:
     """Whether a sealed file is exactly what was written."""
     try:
-        verify(path.read_bytes(), str(path))
+        if path.suffix == PACKED:
+            from fedpipe.packed import Packed
+
+            Packed(path).verify()
+        else:
+            verify(mapped(path), str(path))
     except Damaged:
         return False
     return True
@@ -87,11 +109,13 @@ def checksum(path: Path) -> str:
     return _checksum(path.read_bytes())
 
 
-def _meta(meta: Mapping[str, Any], content: str) -> str:
+def metadata(meta: Mapping[str, Any], content: str) -> str:
+    """Text of an artefact's `fedpipe` key, the seal in it still blank."""
     return canonical({**meta, "format": FORMAT, "content": content, "seal": BLANK})
 
 
-def _checked(meta: Meta, name: str) -> Meta:
+def checked(meta: Meta, name: str) -> Meta:
+    """Metadata without its seal; FedpipeError, naming the file, where it is of another format."""
     if meta.get("format") != FORMAT:
         raise FedpipeError(
             f"{name}: artefact format {meta.get('format')}, this version reads {FORMAT}; run its step again"
@@ -108,8 +132,8 @@ def content_of(tensors: "Tensors") -> str:
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(f"{name}|{t.dtype}|{tuple(t.shape)}|".encode())
-        plain = t.view(torch.int16) if t.dtype == torch.bfloat16 else t  # a type numpy does not have
-        h.update(plain.numpy().tobytes())
+        flat = t.as_strided((t.numel(),), (1,))  # the stride of a single entry may be any
+        h.update(flat.view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -118,31 +142,52 @@ def encode(tensors: "Tensors", meta: Mapping[str, Any]) -> bytes:
     from safetensors.torch import save
 
     plain = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
-    return _seal(save(plain, metadata={"fedpipe": _meta(meta, content_of(plain))}))
+    end = 0
+    for n in sorted(plain, key=lambda n: plain[n].data_ptr()):  # the library takes no two that share memory
+        if plain[n].data_ptr() < end:
+            plain[n] = plain[n].clone()
+        else:
+            end = plain[n].data_ptr() + plain[n].nbytes
+    return seal(save(plain, metadata={"fedpipe": metadata(meta, content_of(plain))}))
 
 
-def header_bytes(image: bytes) -> int:
+def header_bytes(image: Buffer) -> int:
     """Bytes of a safetensors image that are not payload."""
     return 8 + int.from_bytes(image[:8], "little")
 
 
-def decode(image: bytes, name: str = "message") -> "tuple[Tensors, Meta]":
-    """Inverse of `encode`, checked."""
-    from safetensors.torch import load
+def decode(image: Buffer, name: str = "message") -> "tuple[Tensors, Meta]":
+    """Inverse of `encode`, checked. The tensors are views of the image, or of a copy where it cannot be written to."""
+    import torch
 
-    meta = image_meta(image, name)
-    return dict(sorted(load(image).items())), meta  # the library's order differs from call to call
+    header, meta = _header(image, name)
+    at, raw = header_bytes(image), bytearray(image) if memoryview(image).readonly else image
+    tensors: Tensors = {}
+    for n in sorted(header):
+        kind, shape = header[n]["dtype"], header[n]["shape"]
+        if kind not in _TYPES:
+            raise FedpipeError(f"{name}: {n} is of type {kind}; known are {', '.join(_TYPES)}")
+        dtype = getattr(torch, _TYPES[kind])
+        first, count = at + header[n]["data_offsets"][0], math.prod(shape)
+        flat = torch.frombuffer(raw, dtype=dtype, count=count, offset=first) if count else torch.empty(0, dtype=dtype)
+        tensors[n] = flat.view(shape)
+    return tensors, meta
 
 
-def image_meta(image: bytes, name: str = "message") -> Meta:
+def image_meta(image: Buffer, name: str = "message") -> Meta:
     """The metadata of a tensor image, the whole of it checked."""
+    return _header(image, name)[1]
+
+
+def _header(image: Buffer, name: str) -> tuple[dict[str, Any], Meta]:
+    """What a tensor image says of its tensors, and its metadata; the whole of it checked."""
     verify(image, name)
     try:
-        header = json.loads(image[8 : header_bytes(image)])
-        meta = json.loads(header["__metadata__"]["fedpipe"])
+        header = json.loads(bytes(image[8 : header_bytes(image)]))
+        meta = json.loads(header.pop("__metadata__")["fedpipe"])
     except (ValueError, LookupError, TypeError) as e:
         raise FedpipeError(f"{name}: not readable as safetensors with fedpipe's metadata; run its step again") from e
-    return _checked(meta, name)
+    return header, checked(meta, name)
 
 
 def write_tensors(path: Path, tensors: "Tensors", meta: Mapping[str, Any]) -> None:
@@ -150,7 +195,8 @@ def write_tensors(path: Path, tensors: "Tensors", meta: Mapping[str, Any]) -> No
 
 
 def read_tensors(path: Path) -> "tuple[Tensors, Meta]":
-    return decode(_read(path), str(path))
+    """Checked tensors, views of a private map of the file: what is written to them stays in this process."""
+    return decode(mapped(path), str(path))
 
 
 # ----------------------------------------------------------------------------------------------- tables
@@ -168,7 +214,7 @@ def write_table(
     """Write a table, whole or not at all; a list of rows needs `schema` when it may be empty."""
     if not isinstance(table, pa.Table):
         table = pa.Table.from_pylist(table, schema=schema)
-    table = table.combine_chunks().replace_schema_metadata({"fedpipe": _meta(meta, _table_content(table))})
+    table = table.combine_chunks().replace_schema_metadata({"fedpipe": metadata(meta, _table_content(table))})
     sink = io.BytesIO()
     if path.suffix == ".arrow":
         with pa.ipc.new_file(sink, table.schema) as writer:
@@ -178,7 +224,7 @@ def write_table(
         with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as out:
             out.write_table(table)
             out.add_key_value_metadata({"fedpipe": table.schema.metadata[b"fedpipe"].decode()})
-    write_bytes(path, _seal(sink.getvalue()))
+    write_bytes(path, seal(sink.getvalue()))
 
 
 def read_table(path: Path) -> pa.Table:
@@ -205,27 +251,27 @@ def map_arrow(path: Path) -> pa.Table:
 
     The map is private: a write through such a view changes this process's copy of a page, never the file.
     """
-    _exists(path)
-    if not path.stat().st_size:
-        raise Damaged(f"{path}: damaged or cut short, it is empty; delete it and run again")
-    with open(path, "rb") as f:
-        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    verify(mapped, str(path))
-    return _table(pa.py_buffer(mapped), path)
+    raw = mapped(path)
+    verify(raw, str(path))
+    return _table(pa.py_buffer(raw), path)
 
 
 def table_meta(table: pa.Table, name: str = "table") -> Meta:
     found = (table.schema.metadata or {}).get(b"fedpipe")
     if found is None:
         raise FedpipeError(f"{name}: no table of fedpipe, it lacks the metadata; run its step again")
-    return _checked(json.loads(found), name)
+    return checked(json.loads(found), name)
 
 
 def read_meta(path: Path) -> Meta:
     """The metadata of any artefact, checked with its whole file."""
-    return (
-        image_meta(_read(path), str(path)) if path.suffix == ".safetensors" else table_meta(read_table(path), str(path))
-    )
+    if path.suffix == ".safetensors":
+        return image_meta(mapped(path), str(path))
+    if path.suffix == PACKED:
+        from fedpipe.packed import Packed
+
+        return Packed(path).verify()
+    return table_meta(read_table(path), str(path))
 
 
 # ------------------------------------------------------------------------------------------------ bytes
@@ -239,6 +285,15 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def mapped(path: Path) -> mmap.mmap:
+    """A file as a private map: a write to it changes this process's copy of a page, never the file."""
+    _exists(path)
+    if not path.stat().st_size:
+        raise Damaged(f"{path}: damaged or cut short, it is empty; delete it and run again")
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
 
@@ -247,11 +302,16 @@ def write_bytes(path: Path, raw: bytes, durable: bool = True) -> None:
     """Write a file whole or not at all; a whole file of equal bytes is left as it is, a link is not."""
     if path.is_file() and not path.is_symlink() and path.stat().st_size == len(raw) and path.read_bytes() == raw:
         return
+    write_parts(path, (raw,), durable)
+
+
+def write_parts(path: Path, parts: Iterable[bytes], durable: bool = True) -> None:
+    """Write a file of parts, one after another as they come, whole or not at all."""
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(raw)
+            f.writelines(parts)
             f.flush()
             if durable:
                 os.fsync(f.fileno())
@@ -269,7 +329,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_sealed(path: Path, text: str) -> None:
     """Text that holds `BLANK` once: its seal takes that place."""
-    write_bytes(path, _seal(text.encode()))
+    write_bytes(path, seal(text.encode()))
 
 
 @contextlib.contextmanager

@@ -71,6 +71,15 @@ class Local(Typed):
     epochs: Positive = 1
     batch: Positive = 32
     optimizer: Optimizer = Optimizer()
+    batches: Literal["redraw", "fixed"] = Field(
+        "redraw",
+        description="fixed: who is in a batch with whom is drawn once per client and round, then only the order",
+    )
+    prefix: Literal["keep", "run"] = Field(
+        "keep",
+        description="keep: the output of units that are frozen is made once per phase, where that is the same"
+        " and the budget holds it; run: it is made for every batch",
+    )
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
     levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(
         {}, description="how much units build again in the backward instead of saving it: {'b*': 1}"

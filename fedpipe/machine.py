@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedpipe.allocator import keep_freed
 from fedpipe.config import Run
 from fedpipe.errors import FedpipeError
 
@@ -21,15 +22,18 @@ def device(run: Run) -> str:
 
 
 def prepare(run: Run) -> None:
-    """Set what changes bits: the stated thread count and deterministic algorithms."""
+    """Set what changes bits (threads, deterministic algorithms), and the allocator, which changes none."""
     import torch
 
+    keep_freed()
     torch.set_num_threads(run.threads)
     if device(run) == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = run.precision == "tf32"
+    elif run.precision == "tf32":
+        raise FedpipeError("precision: tf32 is what CUDA devices have; this study runs on a CPU")
 
 
 def describe(run: Run) -> str:
@@ -41,7 +45,8 @@ def describe(run: Run) -> str:
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
     versions = f"torch {torch.__version__}, numpy {np.__version__}"
     kernels = f", liger {_liger()}" if kind == "cuda" else ""
-    return f"{versions}, {kind} {what}{kernels}, onednn {isa}, threads {run.threads}, {run.precision}"
+    how = f"threads {run.threads}, {run.precision}{', compiled' if run.compile else ''}"
+    return f"{versions}, {kind} {what}{kernels}, onednn {isa}, {how}"
 
 
 def _liger() -> str:

@@ -23,9 +23,10 @@ from fedpipe.plans import read_plans
 from fedpipe.rounds import Rounds, Rows, Sent, World
 from fedpipe.route import needed_states
 from fedpipe.runtime import Runtime
-from fedpipe.states import write_owns, write_states
+from fedpipe.states import Needs, write_owns, write_states
 from fedpipe.steps import provenance
 from fedpipe.stopping import look
+from fedpipe.types import Tensors
 
 METRICS = pa.schema(
     [("round", pa.int32()), ("client", pa.int32()), ("part", pa.string()), ("plan", pa.string()), ("phase", pa.int32())]
@@ -35,7 +36,10 @@ METRICS = pa.schema(
 )
 CURVE = pa.schema([("round", pa.int32()), ("loss", pa.float64()), ("accuracy", pa.float64()), ("samples", pa.int32())])
 CURVE_VAL = pa.schema([*CURVE, ("val_loss", pa.float64()), ("val_accuracy", pa.float64()), ("val_samples", pa.int32())])
-TIMES = pa.schema([("round", pa.int32()), ("seconds", pa.float64()), ("host", pa.string()), ("date", pa.string())])
+TIMES = pa.schema(
+    [("round", pa.int32()), ("seconds", pa.float64()), ("captured", pa.float64())]
+    + [("host", pa.string()), ("date", pa.string())]
+)
 PEAKS = pa.schema(
     [("round", pa.int32()), ("client", pa.int32()), ("plan", pa.string()), ("phase", pa.int32())]
     + [("kind", pa.string()), ("predicted", pa.int64()), ("measured", pa.int64()), ("budget", pa.int64())]
@@ -58,27 +62,34 @@ class Opened:
         self.validation = rows_by_client(shares, "val")
         budgets = {r["client"]: r["budget"] for r in self.route if r["kind"] == "train"}
         self.rounds = Rounds(self.rt, self.plans, predicted, self.route, self.training, budgets)
+        self.needs = Needs(self.route)
         self.planned = io.table_meta(table)
         made = provenance("segment", run, [data, partition, plans, route])
         self.meta = {**made, "step": "rounds", **{k: self.planned[k] for k in ("method", "label", "seed")}}
         self.meta["platform"] = machine.describe(run)
         machine.check(run, self.planned["platform"])
+        self.host = socket.gethostname()
         self.log_rows: Rows = []
         self.seconds: Rows = []
 
-    def needed(self, t: int) -> set[str]:
-        return needed_states(self.route, t)
+    def still_needed(self, states: dict[str, Tensors], t: int) -> dict[str, Tensors]:
+        """Those of the states of round t that rows of it or of later ones read, and the newest of every node."""
+        return self.needs.among(states, t)
 
     def log(self, sent: list[Sent]) -> None:
         self.log_rows += [m for s in sorted(sent, key=lambda s: (s.row["client"], s.row["part"])) for m in s.metrics]
 
     @contextmanager
     def timed(self, t: int) -> Iterator[None]:
-        """Note the seconds of round t: an observation, read by nothing that decides."""
-        begin = time.perf_counter()
+        """Note the seconds of round t, and how many of them steps were captured and compiled: an observation, read by
+        nothing that decides."""
+        begin, programs = time.perf_counter(), self.rt.programs
+        before = programs.seconds
         yield
-        seen = {"host": socket.gethostname(), "date": date.today().isoformat()}
-        self.seconds.append({"round": t, "seconds": time.perf_counter() - begin, **seen})
+        seen = {"host": self.host, "date": date.today().isoformat()}
+        self.seconds.append(
+            {"round": t, "seconds": time.perf_counter() - begin, "captured": programs.seconds - before, **seen}
+        )
 
     def groups(self, t: int, world: World) -> list[Rows]:
         """The stacked groups of a round; none once the run has stopped: its states are then handed on as they are."""
@@ -86,9 +97,10 @@ class Opened:
 
     def round(self, t: int, world: World) -> World:
         """One whole round: every group trained, every state mixed."""
-        sent = self.rounds.train(t, world, self.groups(t, world))
+        sent = self.rounds.train(t, world, self.groups(t, world), mixed=True)
+        world = self.rounds.mix(t, world, sent)
         self.log(sent)
-        return self.rounds.mix(t, world, sent)
+        return world
 
     def evaluated(self, t: int, world: World) -> Rows:
         """The curve's point of state t, where it is due and the run goes on; the world then knows whether it stops."""

@@ -26,9 +26,9 @@ def for_partition(run: Run) -> Run:
 
 
 def for_measure(run: Run) -> Run:
-    """The run with only what predictions depend on: not the seed, who is drawn, or how it is evaluated."""
-    dropped = {"seed", "cohort", "availability", "dropout", "evaluate", "stop", "stack", "on_client_failure", "measure"}
-    return Run.model_validate({"seed": 0, "cohort": 1, **{k: v for k, v in run.spec.items() if k not in dropped}})
+    """The run with only what predictions depend on: not the seed, who is there, or how it is evaluated."""
+    dropped = {"seed", "availability", "dropout", "evaluate", "stop", "on_client_failure"}
+    return Run.model_validate({"seed": 0, **{k: v for k, v in run.spec.items() if k not in dropped}})
 
 
 def _id(stem: str, run: Run) -> str:

@@ -1,192 +1,133 @@
 """One phase of local training: its batches, its optimizer, its steps, for one client or a stack of them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fedpipe.config import Local, Optimizer
-from fedpipe.context import Ctx, Grad
+from fedpipe.capture import Program, Programs
+from fedpipe.config import Local
 from fedpipe.errors import FedpipeError
-from fedpipe.fused import Fused
 from fedpipe.kernels.common import Backend
+from fedpipe.localstep import LocalStep, Outcome
+from fedpipe.models.dropout import PREFIX, aside
+from fedpipe.mover import Mover, Slots
+from fedpipe.prefix import Kept, laid
 from fedpipe.types import Batch, Method, Phase, Tensors, matches
 
 if TYPE_CHECKING:
     from fedpipe.client import Client
-
-Slots = dict[str, dict[str, Any]]  # optimizer state by name
-
-
-def optimizer(spec: Optimizer, leaves: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    """The study's optimizer of these leaves, one after another: all at once takes another model's bytes on the way."""
-    wd = spec.weight_decay
-    if spec.name == "sgd":
-        return torch.optim.SGD(leaves, lr=lr, momentum=spec.momentum, weight_decay=wd, foreach=False)
-    kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW
-    return kind(leaves, lr=lr, weight_decay=wd, foreach=False)
-
-
-def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
-    logits, changed = ctx.forward(at, batch["x"])
-    return ctx.task(logits, batch), changed
+    from fedpipe.models.chain import Chain
 
 
 class PhaseRun:
-    """One phase of one client or stack. kernel: what a fused step (`Phase.step`) runs by."""
+    """One phase of one client or stack. kernel: what a fused step (`Phase.step`) runs by.
 
-    def __init__(
-        self,
-        method: Method,
-        local: Local,
-        clients: "list[Client]",
-        phase: Phase,
-        index: int,
-        kernel: Backend = "auto",
-    ):
+    A step is captured where that can be done (`fedpipe.capture`), and plain SGD then moves the leaves within it.
+    """
+
+    def __init__(self, method: Method, chain: "Chain", local: Local, clients: "list[Client]", phase: Phase,
+                 index: int, kernel: Backend, layout: torch.memory_format):  # fmt: skip
         self.method, self.local, self.clients, self.phase = method, local, clients, phase
-        self.stacked = len(clients) > 1
+        self.stacked, self.index, self.kernel, self.layout = len(clients) > 1, index, kernel, layout
         self.rows = [c.batches(phase, index) for c in clients]
         self.counts = [len(r) for r in self.rows]
+        self.sizes = [max(len(r[min(i, len(r) - 1)]) for r in self.rows) for i in range(max(self.counts))]
         lr = clients[0].ctx.lr * phase.lr
-        self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=max(self.counts))
-        self.index, self.kernel = index, kernel
-        self.fused: Fused | None = None
-        self.ask = True
+        self.chain, steps = chain, max(self.counts)
+        self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=steps, chain=chain)
+        self.found: dict[Any, Program | None] = {}  # by what differs between the steps of a phase
 
-    def run(self, at: Tensors, carried: Slots) -> tuple[Tensors, Slots, list]:
+    @torch.no_grad()
+    def run(self, at: Tensors, carried: Slots, kept: Kept, programs: Programs) -> tuple[Tensors, Slots, list]:
         live = [n for n in at if matches(n, self.phase.live) and self._trainable(n, at[n])]
         if not live:
             raise FedpipeError(f"phase {self.phase.name}: no name fits live = {', '.join(self.phase.live)}")
+        self.kept, self.programs = kept, programs
+        kept.make(self.phase, at, self.clients, self.rows)
         flat = bool(self.phase.step)  # a fused step sees flat views
-        leaves = {n: (at[n].contiguous() if flat else at[n]).detach().requires_grad_() for n in live}
-        opt = self._optimizer(leaves, carried)
-        if self.phase.step:
-            name, lr = self.method.name, self.ctx.lr
-            self.fused = Fused(name, self.local, self.phase, lr, leaves, at, self.stacked, self.kernel)
+        leaves = {n: at[n].contiguous() if flat else at[n] for n in live}
+        at = {**at, **leaves}
+        who = f"method {self.method.name}: phase {self.phase.name}: step"
+        mover = Mover(who, self.local.optimizer, self.phase.step, self.ctx.lr, leaves, carried, at, self.stacked,
+                      self.kernel)  # fmt: skip
+        step = LocalStep(self.method, tuple(live), self.stacked)
         first = last = torch.zeros(())
-        for step in range(max(self.counts)):
-            at, value = self._step(step, {**at, **leaves}, leaves, opt)
+        for i in range(max(self.counts)):
+            at, value = self._step(i, at, step, mover)
             if value is not None:
-                last = torch.where(self._running(step, value), value, last) if step else value
-                first = first if step else value
-        carry = {n: dict(opt.state[leaf]) for n, leaf in leaves.items()}
-        at = {**at, **{n: leaf.detach() for n, leaf in leaves.items()}}
+                last = torch.where(self._running(i, value), value, last) if i else value
+                first = first if i else value
         pairs = zip(first, last, strict=True) if self.stacked else [(first, last)]
-        return at, carry, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
+        return at, mover.slots, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
 
     def _trainable(self, name: str, tensor: Tensor) -> bool:
-        assert self.ctx.chain is not None
-        return tensor.is_floating_point() and name.split("/")[-1] not in self.ctx.chain.buffer_names
+        return tensor.is_floating_point() and name.split("/")[-1] not in self.chain.buffer_names
 
-    def _step(
-        self, step: int, at: Tensors, leaves: Tensors, opt: torch.optim.Optimizer
-    ) -> tuple[Tensors, Tensor | None]:
-        batch = self._batch(step)
-        at = {**at, **self._draw(step, at, batch)}
-        value, changed, grads = self._gradient(at, batch, leaves)
-        d, more = self._direction(at, batch, leaves, grads)
-        changed = {**changed, **more}
-        undo = self._remember(step, leaves, opt, {n: at[n] for n in changed if n in at})
-        self._move(leaves, d, at, opt)
-        return {**at, **undo(changed)}, value
+    def _step(self, i: int, at: Tensors, step: LocalStep, mover: Mover) -> tuple[Tensors, Tensor | None]:
+        batch = self._batch(i)
+        at = {**at, **self._draw(i, at, batch)}
+        undo = self._remember(i, mover)
+        value, changed, d = self._outcome(i, at, batch, step, mover)
+        mover.move(d, at)
+        at.update(undo(changed, at))
+        return {n: t for n, t in at.items() if not n.startswith(PREFIX)} if self.chain.noise else at, value
 
-    @torch.no_grad()
-    def _move(self, leaves: Tensors, d: Tensors, at: Tensors, opt: torch.optim.Optimizer) -> None:
-        if self.fused and self.fused.whole:
-            self.fused(leaves, d, at, opt.state)
-            return
-        d = self.fused.direction(leaves, d, at) if self.fused else d
-        for n, leaf in leaves.items():
-            leaf.grad = d.get(n)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        if self.fused:
-            self.fused.project(leaves)
+    def _outcome(self, i: int, at: Tensors, batch: Batch, step: LocalStep, mover: Mover) -> Outcome:
+        known = len(at), *(t.shape for t in batch.values())
+        if known not in self.found:
+            key = (self.phase, self.chain.key or self.chain)
+            self.found[known] = self.programs.find(key, step, at, mover.buffers, batch, self.ctx, mover.sgd)
+        program = self.found[known]
+        if program is None:
+            return step(at, batch, self.ctx)
+        wanted = i == 0 or i + 1 >= min(self.counts)  # the first value, and any that is some client's last
+        return program(at, batch, mover.buffers, mover.scales, wanted)
 
-    def _optimizer(self, leaves: Tensors, carried: Slots) -> torch.optim.Optimizer:
-        opt = optimizer(self.local.optimizer, leaves.values(), self.ctx.lr)
-        for n, leaf in leaves.items():
-            if n in carried:
-                opt.state[leaf] = carried[n]
-        return opt
-
-    def _batch(self, step: int) -> Batch:
-        rows = [r[min(step, len(r) - 1)] for r in self.rows]
-        size = max(len(r) for r in rows)
-        parts = [c.load(r, size) for c, r in zip(self.clients, rows, strict=True)]
-        return {k: torch.stack([p[k] for p in parts]) for k in parts[0]} if self.stacked else parts[0]
-
-    def _draw(self, step: int, at: Tensors, batch: Batch) -> Tensors:
-        draw = self.method.draw
-        if draw is None:
-            return {}
-        gens = [c.noise(self.index, step) for c in self.clients]
+    def _batch(self, i: int) -> Batch:
+        rows = [r[min(i, len(r) - 1)] for r in self.rows]
+        size, first = self.sizes[i], self.clients[0]
+        if self.phase.since:
+            return self.kept.load(rows, size)
         if not self.stacked:
-            return draw(gens[0], at, batch, self.ctx)
-        each = [draw(g, pick(at, i), pick(batch, i), self.ctx) for i, g in enumerate(gens)]
+            return laid(first.load(rows[0], size), self.layout)
+        if first.load_stack:
+            return first.load_stack(rows, size)
+        parts = [c.load(r, size) for c, r in zip(self.clients, rows, strict=True)]
+        return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
+
+    def _draw(self, i: int, at: Tensors, batch: Batch) -> Tensors:
+        chain, draw = self.chain, self.method.draw
+        if draw is None and not chain.noise:
+            return {}
+        units, device, each = chain.run_units(self.phase.upto), next(iter(batch.values())).device, []
+        for k, client in enumerate(self.clients):
+            mine, rows = (pick(at, k), pick(batch, k)) if self.stacked else (at, batch)
+            gen = client.noise(self.index, i)
+            masks = chain.noise(aside(gen), len(rows["w"]), units) if chain.noise else {}
+            own = draw(gen, mine, rows, self.ctx) if draw else {}
+            each.append({**own, **{n: m.to(device) for n, m in masks.items()}})
+        if not self.stacked:
+            return each[0]
         return {n: torch.stack([e[n] for e in each]) for n in each[0]}
 
-    def _loss(self, at: Tensors, batch: Batch) -> tuple[Tensor, Tensors]:
-        out = (self.method.loss or default_loss)(at, batch, self.ctx)
-        return out if isinstance(out, tuple) else (out, {})
-
-    def _gradient(self, at: Tensors, batch: Batch, leaves: Tensors) -> tuple[Tensor | None, Tensors, Tensors | None]:
-        if not self.ask:
-            return None, {}, None
-        with torch.enable_grad():
-            value, changed = torch.vmap(self._loss)(at, batch) if self.stacked else self._loss(at, batch)
-            found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
-        grads = {n: g for n, g in zip(leaves, found, strict=True) if g is not None}
-        return value.detach(), {n: t.detach() for n, t in changed.items()}, grads
-
-    def _direction(self, at: Tensors, batch: Batch, leaves: Tensors, grads: Tensors | None) -> tuple[Tensors, Tensors]:
-        direction = self.method.direction
-        if direction is None:
-            return grads or {}, {}
-        oracles: list[Grad] = []
-
-        def one(at: Tensors, batch: Batch, here: Tensors | None) -> tuple[Tensors, Tensors]:
-            oracles.append(Grad(lambda a, b: self._loss(a, b)[0], tuple(leaves), here, at, batch))
-            out: tuple[Tensors, Tensors] = direction(oracles[-1], at, batch, self.ctx)
-            return out
-
-        plain = {n: t.detach() for n, t in at.items()}
-        with torch.no_grad():
-            if self.stacked:
-                out = (
-                    torch.vmap(one)(plain, batch, grads)
-                    if grads is not None
-                    else torch.vmap(lambda a, b: one(a, b, None))(plain, batch)
-                )
-            else:
-                out = one(plain, batch, grads)
-        self.ask = self.ask and oracles[0].asked
-        return out
-
-    def _running(self, step: int, like: Tensor) -> Tensor:
-        on = torch.tensor([step < n for n in self.counts], device=like.device)
+    def _running(self, i: int, like: Tensor) -> Tensor:
+        on = torch.tensor([i < n for n in self.counts], device=like.device)
         return (on if self.stacked else on[0]).reshape(like.shape[:1] + (1,) * (like.ndim - 1))
 
-    def _remember(
-        self, step: int, leaves: Tensors, opt: torch.optim.Optimizer, at: Tensors
-    ) -> Callable[[Tensors], Tensors]:
+    def _remember(self, i: int, mover: Mover) -> Callable[[Tensors, Tensors], Tensors]:
         """Clients of a stack that have finished are put back after the step, optimizer state included."""
-        if all(step < n for n in self.counts):
-            return lambda changed: changed
-        old = {n: leaf.detach().clone() for n, leaf in leaves.items()}
-        slots = [(s, k, v.clone()) for leaf in leaves.values() for s in [opt.state[leaf]] for k, v in s.items()
-                 if isinstance(v, Tensor) and v.shape == leaf.shape]  # fmt: skip
+        if all(i < n for n in self.counts):
+            return lambda changed, at: changed
+        moved = mover.moved()
+        old = [t.clone() for t in moved]
 
-        def undo(changed: Tensors) -> Tensors:
-            with torch.no_grad():
-                for n, leaf in leaves.items():
-                    leaf.copy_(torch.where(self._running(step, leaf), leaf, old[n]))
-                for state, key, value in slots:
-                    state[key].copy_(torch.where(self._running(step, value), state[key], value))
-            return {n: torch.where(self._running(step, t), t, at[n]) if n in at else t for n, t in changed.items()}
+        def undo(changed: Tensors, at: Tensors) -> Tensors:
+            for now, before in zip(moved, old, strict=True):
+                now.copy_(torch.where(self._running(i, now), now, before))
+            return {n: torch.where(self._running(i, t), t, at[n]) if n in at else t for n, t in changed.items()}
 
         return undo
 

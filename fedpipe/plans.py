@@ -19,8 +19,21 @@ _INDEX = pa.list_(pa.struct([("name", pa.string()), ("dim", pa.int32()), ("start
 SCHEMA = pa.schema(
     [("plan", pa.string()), ("phase", pa.int32()), ("name", pa.string())]
     + [(p, pa.list_(pa.string())) for p in _PATTERNS]
-    + [("epochs", pa.int32()), ("steps", pa.int32()), ("data", pa.string()), ("upto", pa.string())]
-    + [("lr", pa.float64()), ("carry", pa.bool_()), ("index", _INDEX), ("model", pa.string()), ("weight", pa.string())]
+    + [
+        ("epochs", pa.int32()),
+        ("steps", pa.int32()),
+        ("data", pa.string()),
+        ("upto", pa.string()),
+        ("since", pa.string()),
+    ]
+    + [
+        ("kept", pa.int64()),
+        ("lr", pa.float64()),
+        ("carry", pa.bool_()),
+        ("index", _INDEX),
+        ("model", pa.string()),
+        ("weight", pa.string()),
+    ]
     + [
         ("step", _STEP),
         ("levels", _LEVELS),

@@ -1,62 +1,38 @@
-"""Rounds in memory: training a share of a round's rows, and mixing what came back. The steps put files around it."""
+"""Rounds in memory: training a share of a round's rows. The steps put files around it, `mixing` mixes what came."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedpipe import io
-from fedpipe.aggregate import check, cut
+from fedpipe.aggregate import picked
 from fedpipe.client import Client, Result
+from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import attempt, judge, not_finite, over_budget, said
 from fedpipe.memory.enforce import Witness
 from fedpipe.memory.parts import Parts
+from fedpipe.messages import Held, all_finite, layout, numbers, sizes
+from fedpipe.mixing import Mixing, Rows, Sent, World, row_id
+from fedpipe.records import changed
 from fedpipe.runtime import Runtime
-from fedpipe.stopping import Watch
-from fedpipe.types import Plan, Tensors, Update, select
+from fedpipe.types import Plan, Tensors
 
-Rows = list[dict[str, Any]]
-
-
-@dataclass
-class World:
-    """What exists between rounds: states by `node@version`, and every client's latest own file (tensors or a path)."""
-
-    states: dict[str, Tensors]
-    owns: dict[int, tuple[int, Tensors | Path]] = field(default_factory=dict)
-    watch: Watch = Watch()  # of the study's `stop`
-
-    def own(self, client: int) -> Tensors:
-        found = self.owns.get(client, (0, {}))[1]
-        return io.read_tensors(found)[0] if isinstance(found, Path) else found
+__all__ = ["Rounds", "Rows", "Sent", "World"]
+Down = dict[tuple[str, str, str | None], tuple[int, int]]  # of (start, plan, reply): bytes of payload and header
+ROOM = 4 << 30  # bytes of a round's messages that wait on the device that trains; more of them wait on the host
 
 
-@dataclass
-class Sent:
-    """What one row's training gave: its message (None when the client failed), what it keeps, its metrics."""
-
-    row: dict[str, Any]
-    image: bytes | None
-    own: Tensors
-    metrics: Rows
-
-
-class Rounds:
+class Rounds(Mixing):
     """Trains and mixes rounds of one run."""
 
     def __init__(self, runtime: Runtime, plans: dict[str, Plan], predicted: dict[tuple[str, int], Parts], rows: Rows,
                  training_rows: dict[int, Tensor], budgets: dict[int, int | None]):  # fmt: skip
-        self.rt, self.plans, self.predicted = runtime, plans, predicted
-        self.training_rows, self.budgets = training_rows, budgets
-        self.by_round: dict[int, Rows] = {}
-        for r in rows:
-            self.by_round.setdefault(r["round"], []).append(r)
+        super().__init__(runtime, plans, rows)
+        self.predicted, self.training_rows, self.budgets = predicted, training_rows, budgets
         self.awaited = {(r["round"], u) for r in rows if r["kind"] == "mix" for u in r["updates"]}
-        self.rows = rows
         self.peaks: Rows = []
         self.warned: set[tuple[str, int]] = set()  # (plan, phase) that were said to be over budget
 
@@ -68,32 +44,53 @@ class Rounds:
                 found.setdefault(r["group"], []).append(r)
         return [found[g] for g in sorted(found)]
 
-    def train(self, t: int, world: World, groups: Iterable[Rows]) -> list[Sent]:
+    def train(self, t: int, world: World, groups: Iterable[Rows], mixed: bool = False) -> list[Sent]:
         """Train groups of a round.
 
         A client fails when its training raises, when it is measured and goes over its budget, or when it comes to
         values that are not finite. That is a FedpipeError, or the client sends nothing where the study drops it.
+        mixed: `mix` follows in this process, and so the mean, which any value that is not finite shows in: clients are
+        looked at one by one only where it does.
         """
-        down: dict[tuple[str, str, str | None], tuple[int, int]] = {}
-        out = []
+        down: Down = {}
+        room, out = ROOM, []
         for group in groups:
             plan = self.plans[group[0]["plan"]]
-            for row, (result, failed) in zip(group, self._trained(group, plan, world), strict=True):
+            later = self._foldable(group, world) if mixed else frozenset()
+            trained = self._trained(group, plan, world, later)
+            losses = _losses([result for result, _ in trained])
+            for row, (result, failed), lost in zip(group, trained, losses, strict=True):
                 key = (row["start"], row["plan"], row["reply"])
                 if key not in down:
                     down[key] = self._down(row, plan, world)
-                out.append(self._sent(row, plan, result, failed, down[key]))
+                sent = self._sent(row, plan, result, failed, lost, down[key], room > 0)
+                if later and isinstance(sent.message, Held):
+                    sent.doubt = replace(result, at={}, sent={n: sent.message.tensors[n] for n in result.sent})
+                room -= sent.metrics[0]["payload_up"]
+                out.append(sent)
         return out
 
-    def _trained(self, group: Rows, plan: Plan, world: World) -> list[tuple[Result, bool]]:
-        """What each client of a group came to, and whether it failed."""
-        received = [self._received(r, plan, world) for r in group]  # a damaged file is no client's failure
+    def _foldable(self, group: Rows, world: World) -> frozenset[str]:
+        """Names that a mean shows to be finite or not: none where a method aggregates by itself, or nobody mixes."""
+        if self.rt.method.aggregate or any((r["round"], row_id(r)) not in self.awaited for r in group):
+            return frozenset()
+        wanted = self.of(group[0]["plan"], world.states[group[0]["start"]]).wanted
+        return frozenset(n for n in wanted if not n.startswith("mask/"))  # they choose entries, and are not averaged
+
+    def _trained(
+        self, group: Rows, plan: Plan, world: World, later: frozenset[str] = frozenset()
+    ) -> list[tuple[Result, bool]]:
+        """What each client of a group came to, and whether it failed; later: names that are not looked at yet."""
+        received = self._received(group, plan, world)  # a damaged file is no client's failure
         on, witness = self.rt.run.on_client_failure, self._witness(group[0])
         loop = self.rt.loop(witness.phase if witness else None)
-        outcome = attempt(lambda: loop.train([self._client(*p) for p in zip(group, received, strict=True)], plan))
+        ctx = self.rt.ctx(group[0]["round"])
+        outcome = attempt(lambda: loop.train([self._client(*p, ctx) for p in zip(group, received, strict=True)], plan))
         self.peaks += witness.rows if witness else []
         if not isinstance(outcome, Exception):
             over = over_budget(group[0], witness.over(), self.rt.run.budget, self.warned) if witness else None
+            if not over and all_finite([t for o in outcome for t in _seen(o, later)]):
+                return [(o, False) for o in outcome]
             return [(o, judge(r, over or not_finite(o), on)) for r, o in zip(group, outcome, strict=True)]
         if len(group) > 1:
             return self._one_by_one(group, plan, world, outcome)
@@ -114,79 +111,54 @@ class Rounds:
             raise FedpipeError(f"{who}: {said(error)}; each of them trains alone, so lower stack") from error
         return alone
 
-    def mix(self, t: int, world: World, sent: Iterable[Sent]) -> World:
-        """The world after round t: every Mix row's state, every client's own file."""
-        by_id = {_row_id(s.row): s for s in sent}
-        owns = dict(world.owns)
-        owns |= {s.row["client"]: (t, s.own) for s in by_id.values() if s.own and s.image is not None}
-        states = dict(world.states)
-        for row in self.by_round.get(t, []):
-            if row["kind"] == "mix":
-                mixed = self._mix(row, states, [by_id[u] for u in row["updates"] if u in by_id])
-                states[row["out"]] = dict(sorted(mixed.items()))
-        return replace(world, states=states, owns=owns)
+    def _received(self, group: Rows, plan: Plan, world: World) -> list[Tensors]:
+        """What each client of a group starts from; clients of one state share its tensors."""
+        starts: dict[str, Tensors] = {}
+        out = []
+        for row in group:
+            if (name := row["start"]) not in starts:
+                starts[name] = self.rt.moved(self.rt.received(plan, world.states[name]))
+            reply = picked(world.states[row["reply"]], plan.reply) if row["reply"] else {}
+            out.append({**starts[name], **{f"re/{n}": t for n, t in reply.items()}, **world.own(row["client"])})
+        return out
 
-    def _mix(self, row: dict[str, Any], states: dict[str, Tensors], sent: list[Sent]) -> Tensors:
-        base, arrived = states[row["base"]], [s for s in sent if s.image is not None]
-        if sent and not arrived:
-            raise FedpipeError(f"round {row['round']}: every client failed")
-        if not arrived:
-            return base
-        # On the device that trains, whose kernels fold; states themselves live on the CPU.
-        updates = (self._update(s, states[s.row["start"]]) for s in arrived)
-        moved = (replace(u, tensors=self.rt.moved(u.tensors)) for u in updates)
-        ctx = self.rt.ctx(row["round"], role="server")
-        aggregate = self.rt.method.aggregate or (lambda state, updates, ctx: ctx.mean(state, updates))
-        return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), moved, ctx).items()}
-
-    def _update(self, sent: Sent, start: Tensors) -> Update:
-        row, plan = sent.row, self.plans[sent.row["plan"]]
-        assert sent.image is not None
-        who = f"update of client {row['client']}, round {row['round']}"
-        tensors, meta = io.decode(sent.image, who)
-        if (meta.get("client"), meta.get("round")) != (row["client"], row["round"]):
-            raise FedpipeError(f"{who}: what arrived is of client {meta.get('client')}, round {meta.get('round')}")
-        check(tensors, start, plan, who)
-        return Update(row["client"], meta["weight"], meta["samples"], tensors, plan.index)
-
-    def _received(self, row: dict[str, Any], plan: Plan, world: World) -> Tensors:
-        at = self.rt.received(plan, world.states[row["start"]])
-        if row["reply"]:
-            at |= {f"re/{n}": t for n, t in select(world.states[row["reply"]], plan.reply).items()}
-        return at | world.own(row["client"])
-
-    def _client(self, row: dict[str, Any], received: Tensors) -> Client:
+    def _client(self, row: dict[str, Any], received: Tensors, ctx: Ctx) -> Client:
+        """A client of the loop; ctx: that of its round."""
         rows = self.training_rows[row["client"]]
-        return self.rt.client(self.rt.ctx(row["round"], row["client"], samples=len(rows)), received, rows)
+        return self.rt.client(changed(ctx, client=row["client"], samples=len(rows)), received, rows)
 
     def _down(self, row: dict[str, Any], plan: Plan, world: World) -> tuple[int, int]:
-        """(payload, header) bytes of what a client receives, from the very messages."""
-        sent = cut(select(world.states[row["start"]], (*plan.down, *(f"!{p}" for p in plan.fixed))), plan.index)
-        images = [io.encode(sent, {"round": row["round"], "state": row["start"]})]
+        """(payload, header) bytes of what a client receives, as of the very messages."""
+        terms = self.of(row["plan"], world.states[row["start"]])
+        counted = [sizes(terms.down, {"round": row["round"], "state": row["start"]})]
         if row["reply"]:
-            images.append(io.encode(select(world.states[row["reply"]], plan.reply), {"state": row["reply"]}))
-        header = sum(io.header_bytes(i) for i in images)
-        return sum(len(i) for i in images) - header, header
+            reply = picked(world.states[row["reply"]], plan.reply)
+            counted.append(sizes(layout(reply), {"state": row["reply"]}))
+        return sum(payload for payload, _ in counted), sum(header for _, header in counted)
 
-    def _sent(self, row: dict[str, Any], plan: Plan, result: Result, failed: bool, down: tuple[int, int]) -> Sent:
+    def _sent(self, row: dict[str, Any], plan: Plan, result: Result, failed: bool, losses: list[list[float]],
+              down: tuple[int, int], stays: bool) -> Sent:  # fmt: skip
+        """What one client sends. losses: first and last of each phase; stays: on the device that trained it."""
         samples = len(self.training_rows[row["client"]])
         weight = float(samples) if plan.weight == "samples" else 1.0
-        meta = {"client": row["client"], "round": row["round"], "samples": samples, "weight": weight}
-        image = None if failed else io.encode(result.sent, meta)
-        header = io.header_bytes(image) if image else 0
-        reports = (row["round"], _row_id(row)) in self.awaited  # a client that drops out sends nothing
-        up = (len(image) - header, header) if image and reports else (0, 0)
-        shared = {k: row[k] for k in ("round", "client", "part", "plan")}
-        metrics = []
-        for i, (steps, first, last) in enumerate(result.phases):
-            bytes_ = (*up, *down) if i == 0 else (0, 0, 0, 0)
-            names = ("payload_up", "header_up", "payload_down", "header_down")
-            losses = (float(first), float(last)) if steps else (None, None)
-            metrics.append(
-                {**shared, "phase": i, "steps": steps, "loss_first": losses[0], "loss_last": losses[1]}
-                | {"samples": samples, "weight": weight, "failed": failed, **dict(zip(names, bytes_, strict=True))}
-            )
-        return Sent(row, image, {n: t.cpu() for n, t in sorted(result.own.items())}, metrics)
+        message, up = None, (0, 0)
+        if not failed:
+            meta = {"client": row["client"], "round": row["round"], "samples": samples, "weight": weight}
+            sent = {n: (t if stays else t.cpu()).contiguous() for n, t in sorted(result.sent.items())}
+            message = Held(sent, meta)
+            if (row["round"], row_id(row)) in self.awaited:  # a client that drops out sends nothing
+                up = sizes(layout(sent), meta)
+        metrics = [
+            {
+                "round": row["round"], "client": row["client"], "part": row["part"], "plan": row["plan"], "phase": i,
+                "steps": steps, "loss_first": first if steps else None, "loss_last": last if steps else None,
+                "samples": samples, "weight": weight, "failed": failed,
+                "payload_up": 0 if i else up[0], "header_up": 0 if i else up[1],
+                "payload_down": 0 if i else down[0], "header_down": 0 if i else down[1],
+            }
+            for i, ((steps, _, _), (first, last)) in enumerate(zip(result.phases, losses, strict=True))
+        ]  # fmt: skip
+        return Sent(row, message, {n: _own(t) for n, t in sorted(result.own.items())}, metrics)
 
     def _witness(self, row: dict[str, Any]) -> Witness | None:
         """Of a client that is measured, for its plan or as everybody is: it is a group of its own."""
@@ -196,5 +168,20 @@ class Rounds:
         return Witness(row, limits, self.budgets.get(row["client"]), self.rt.device, self.rt.run.budget)
 
 
-def _row_id(row: dict[str, Any]) -> str:
-    return f"{row['client']}:{row['part']}" if row["part"] else str(row["client"])
+def _seen(result: Result, later: frozenset[str]) -> list[Tensor]:
+    """What is looked at now, of what a client sends and keeps. Of a tensor with a mask a mean need not read all."""
+    sent = [t for n, t in result.sent.items() if n not in later or f"mask/{n}" in result.sent]
+    return [*sent, *result.own.values()]
+
+
+def _losses(results: list[Result]) -> list[list[list[float]]]:
+    """First and last loss of each result's phases, read from the device at once."""
+    flat = [x for r in results for _, first, last in r.phases for x in (first, last)]
+    values = iter(numbers(flat))
+    return [[[next(values), next(values)] for _ in r.phases] for r in results]
+
+
+def _own(kept: Tensor) -> Tensor:
+    """A tensor a client keeps, on the host, in memory of its own: not a view that holds on to its whole stack."""
+    kept = kept.cpu()
+    return kept.clone() if kept.untyped_storage().nbytes() > kept.nbytes else kept

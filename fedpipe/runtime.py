@@ -3,29 +3,35 @@
 import math
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpipe import machine, methods
 from fedpipe.aggregate import cut
-from fedpipe.client import Client, Loop, Probe, batch_rows
+from fedpipe.capture import programs
+from fedpipe.client import Client, Loop, Probe, batch_rows, fixed_batches
 from fedpipe.config import Run
 from fedpipe.context import Ctx, PlanCtx
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
+from fedpipe.io import canonical
 from fedpipe.memory.choose import Chooser
 from fedpipe.memory.predictor import Predictor
 from fedpipe.models import chain as models
 from fedpipe.models import traits
 from fedpipe.recompute import Policy
+from fedpipe.records import changed
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
 
-CACHE = 1 << 20  # bytes of parameters a stack on a CPU may have
+Settings = tuple[tuple[str, Any], ...]  # keywords a client's model is built with
+CACHE = 3 << 19  # bytes of parameters a stack on a CPU may have
 
 
 class Runtime:
@@ -36,14 +42,27 @@ class Runtime:
         self.run, self.data = run, data
         self.method = method or methods.load(run.method)
         self.device = torch.device(machine.device(run))
-        self.dtype = getattr(torch, run.precision)
+        self.dtype = torch.float64 if run.precision == "float64" else torch.float32
+        data.normalisation(self.dtype)  # now, and not when a client's peak is measured
+        self.programs = programs(run.compile)
         self.predictor, self.chooser = Predictor(self), Chooser(self)
+        self._built: dict[Settings, models.Chain] = {}
+        self._layouts: dict[str, torch.memory_format] = {}
+        self._weights: dict[tuple[int, int], Tensor] = {}
+        self._checked: set[tuple[Settings, Policy]] = set()
 
-    @cache  # noqa: B019 (a Runtime lives as long as its process)
-    def build(self, settings: tuple[tuple[str, Any], ...] = ()) -> models.Chain:
+    def build(self, settings: Settings = ()) -> models.Chain:
         """The client's model built with these keywords; of its values only those of the full model are ever used."""
+        if settings not in self._built:
+            self._built[settings] = self._build(settings)
+        return self._built[settings]
+
+    def _build(self, settings: Settings) -> models.Chain:
         with seeded(key(self.run.seed, None, None, "init") % 2**63):
             chain = models.load(self.run.model, self.data.shape, self.data.classes, **dict(settings))
+        run, data = self.run, self.data
+        what = canonical([run.model.model_dump(mode="json"), settings, data.shape, data.classes, run.precision])
+        chain.key = f"{what} on {self.device}"
         return chain.to(dtype=self.dtype, device=self.device)
 
     def chain(self, plan: Plan) -> models.Chain:
@@ -56,8 +75,7 @@ class Runtime:
         state = self.method.init(model, self.ctx(role="server")) if self.method.init else model
         return dict(sorted(state.items()))  # one order of names, in memory as in files
 
-    @cache  # noqa: B019
-    def windows(self, settings: tuple[tuple[str, Any], ...]) -> tuple[Window, ...]:
+    def windows(self, settings: Settings) -> tuple[Window, ...]:
         return models.windows(self.build(), self.build(settings))
 
     def ctx(self, round: int = 0, client: int | None = None, role: str = "train", samples: int = 0) -> Ctx:
@@ -73,6 +91,7 @@ class Runtime:
             samples=samples,
             aggregation=self.run.kernel("aggregate"),
             norm=self.run.kernel("norm"),
+            half=torch.bfloat16 if self.run.precision == "bfloat16" else None,
         )
 
     def levelled(self, plan: Plan) -> Plan:
@@ -84,12 +103,14 @@ class Runtime:
             self._check(plan.model, Policy(p.levels, p.again))
         return replace(plan, phases=phases)
 
-    @cache  # noqa: B019
-    def _check(self, settings: tuple[tuple[str, Any], ...], policy: Policy) -> None:
+    def _check(self, settings: Settings, policy: Policy) -> None:
+        if (settings, policy) in self._checked:
+            return
         try:
             traits.check(self.build(settings), policy)
         except ValueError as e:
             raise FedpipeError(f"model {self.run.model.name}: {e}") from None
+        self._checked.add((settings, policy))
 
     def lr(self, round: int) -> float:
         """Learning rate of a round: constant, or cosine to 0 over the run's rounds."""
@@ -111,7 +132,7 @@ class Runtime:
             at_round=round,
         )
 
-    @property
+    @cached_property
     def stack_size(self) -> int:
         """Most clients in one stack: a rule of shapes and device, as stacks decide bits (never of a stopwatch).
 
@@ -141,33 +162,70 @@ class Runtime:
 
     def moved(self, tensors: Tensors) -> Tensors:
         """Tensors on the device that trains."""
-        return {n: t.to(self.device) for n, t in tensors.items()}
+        return tensors if self.device.type == "cpu" else {n: t.to(self.device) for n, t in tensors.items()}
 
     def loop(self, probe: Probe | None = None) -> Loop:
         unprobed: Probe = lambda index, held: nullcontext()  # noqa: E731
-        return Loop(self.method, self.run.local, self.chain, probe or unprobed, self.run.kernel("step"))
+        return Loop(
+            self.method,
+            self.run.local,
+            self.chain,
+            probe or unprobed,
+            self.run.kernel("step"),
+            self.programs,
+            self.layout,
+        )
 
     def client(self, ctx: Ctx, at: Tensors, rows: Tensor) -> Client:
         """A client of the loop whose training rows are `rows` [n] of the data."""
         seed, t, i = self.run.seed, ctx.round, ctx.client
 
-        def batches(phase: Phase, index: int) -> list[Tensor]:
-            gen = rng(seed, t, i, f"{ctx.role}/batches/{index}")
-            return batch_rows(phase, rows, gen, self.run.local.batch, self.run.local.epochs)
+        def batches(phase: Phase, index: int) -> list[NDArray[np.int64]]:
+            gen, local = rng(seed, t, i, f"{ctx.role}/batches/{index}"), self.run.local
+            if local.batches == "redraw":
+                return batch_rows(phase, rows.numpy(), gen, local.batch, local.epochs)
+            once = rng(seed, t, i, f"{ctx.role}/batches").permutation(len(rows))
+            return fixed_batches(phase, rows.numpy()[once], gen, local.batch, local.epochs)
 
         return Client(
-            ctx=replace(ctx, role="train", samples=len(rows)),
+            ctx=changed(ctx, role="train", samples=len(rows)),
             at=self.moved(at),
             batches=batches,
             load=self.load,
+            load_stack=self.load_stack,
             noise=lambda index, step: rng(seed, t, i, f"{ctx.role}/draw/{index}/{step}"),
             seed=key(seed, t, i, f"{ctx.role}/layers") % 2**63,
         )
 
-    def load(self, rows: Tensor, size: int) -> Batch:
+    def load(self, rows: NDArray[np.int64], size: int) -> Batch:
         """Rows as a batch: x, y and weights that sum to 1; padded to `size` with rows of weight 0."""
-        n = len(rows)
-        w = torch.zeros(size, dtype=self.dtype)
-        w[:n] = 1 / n
-        x, y = self.data.batch(torch.cat([rows, rows[:1].expand(size - n)]) if size > n else rows, self.dtype)
-        return {k: v.to(self.device) for k, v in {"x": x, "y": y, "w": w}.items()}
+        return {k: t[0] for k, t in self.load_stack([rows], size).items()}
+
+    def load_stack(self, rows: list[NDArray[np.int64]], size: int) -> Batch:
+        """Batches of the clients of a stack, with a client axis in front."""
+        clients, counts = len(rows), [len(r) for r in rows]
+        if counts == [size] * clients:
+            every, w = np.concatenate(rows), self._even(clients, size)
+        else:
+            every = np.concatenate([np.pad(r, (0, size - n), mode="edge") for r, n in zip(rows, counts, strict=True)])
+            w = torch.zeros(clients, size, dtype=self.dtype)
+            for mine, n in zip(w, counts, strict=True):
+                mine[:n] = 1 / n
+        x, y = self.data.batch(torch.from_numpy(every), self.dtype)
+        batch = {"x": x.view(clients, size, *x.shape[1:]), "y": y.view(clients, size), "w": w}
+        return batch if self.device.type == "cpu" else {k: v.to(self.device) for k, v in batch.items()}
+
+    def _even(self, clients: int, size: int) -> Tensor:
+        """Weights of full batches, which nobody writes to."""
+        key = (clients, size)
+        if key not in self._weights:
+            self._weights[key] = torch.from_numpy(np.full(key, 1 / size)).to(self.dtype)
+        return self._weights[key]
+
+    def layout(self, chain: models.Chain) -> torch.memory_format:
+        """How images and filters lie: channels last on a CPU that trains one client after another, where convolutions
+        are faster so. A rule of shapes and device, as the layout decides bits."""
+        if chain.key not in self._layouts:
+            last = self.device.type == "cpu" and self.stack_size == 1 and traits.channels_last(chain)
+            self._layouts[chain.key] = torch.channels_last if last else torch.contiguous_format
+        return self._layouts[chain.key]

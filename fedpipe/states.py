@@ -5,9 +5,25 @@ from typing import Any
 
 from fedpipe import io
 from fedpipe.errors import FedpipeError
+from fedpipe.messages import finite
 from fedpipe.rounds import World
 from fedpipe.stopping import Watch
 from fedpipe.types import Tensors
+
+
+class Needs:
+    """Which states are needed on, of a route's rows (in order of rounds): `route.needed_states`, for a segment to ask
+    in every round without going through all rows again."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.made = {r["out"]: i for i, r in enumerate(rows) if r["kind"] == "mix"}
+        self.last_read = {r[k]: r["round"] for r in rows for k in ("start", "reply", "base") if r.get(k)}
+
+    def among(self, states: dict[str, Tensors], t: int) -> dict[str, Tensors]:
+        """Those of the states there are before round t that rows from it on read, and the newest of every node."""
+        made = sorted(states.keys() & self.made.keys(), key=self.made.__getitem__)
+        newest = set({n.split("@")[0]: n for n in made}.values())
+        return {n: s for n, s in states.items() if n in newest or self.last_read.get(n, -1) >= t}
 
 
 def write_states(folder: Path, states: dict[str, Tensors], round: int, meta: dict[str, Any]) -> None:
@@ -64,7 +80,7 @@ def _check(path: Path, tensors: Tensors, meta: dict[str, Any], like: Tensors | N
         if like is not None and (t.shape, t.dtype) != (like[name].shape, like[name].dtype):
             found, wanted = (f"{tuple(x.shape)} {x.dtype}" for x in (t, like[name]))
             raise FedpipeError(f"{path}: {name} is {found}, wanted {wanted}")
-        if t.is_floating_point() and not bool(t.isfinite().all()):
+        if not finite(t):
             raise FedpipeError(f"{path}: {name} holds values that are not finite")
 
 

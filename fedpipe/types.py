@@ -79,6 +79,8 @@ class Phase:
     steps: int | None = None  # instead of epochs
     data: str = "train"
     upto: str | None = None  # the last unit that runs; None: all
+    since: str | None = None  # the unit, of those before the first that trains, whose output is made once and kept
+    kept: int = 0  # of how many samples at most that output is kept
     lr: float = 1.0  # factor on the round's learning rate
     carry: bool = False  # optimizer state of names that stay live goes on into the client's next phase
     step: Step | None = None  # None: the optimizer's

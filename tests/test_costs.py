@@ -60,9 +60,11 @@ def phase_of(rt: Runtime, first: int, last: int, **words: Any) -> Phase:
     [
         ("preresnet20", MOMENTUM, [(1, 1), (4, 4), (2, 5), (1, 9), (9, 9)]),
         ("preresnet20", {"name": "adamw"}, [(1, 3), (7, 9)]),
+        ({"name": "vit_tiny", "depth": 3}, MOMENTUM, [(1, 1), (2, 3), (1, 3)]),
         ({"name": "vit_tiny", "depth": 3}, {"name": "adamw"}, [(1, 1), (2, 3), (1, 3)]),
         ("mobilenet", MOMENTUM, [(1, 2), (5, 8), (13, 13)]),
         ("cnn4", MOMENTUM, [(1, 1), (2, 3), (1, 3)]),
+        ({"name": "preresnet20", "norm": "running"}, {"name": "sgd", "weight_decay": 0.01}, [(1, 9), (3, 5)]),
         ({"name": "mlp", "hidden": [8, 16, 32]}, {"name": "adamw"}, [(1, 1), (1, 2)]),
     ],
 )
@@ -79,7 +81,7 @@ def test_sums_of_units_are_the_traces_of_the_whole(model: Any, optimizer: Any, s
             (traced,) = rt.predictor.peaks(Plan(phases=(phase,)))
             assert abs(summed / traced - 1) < 2e-4, (model, first, last, level, summed, traced)
             seen.add(summed)
-    assert len(seen) > len(stretches) or model == {"name": "mlp", "hidden": [8, 16, 32]}  # levels tell
+    assert len(seen) > len(stretches) or optimizer == {"name": "adamw"}  # levels tell, where updates are not the most
 
 
 @pytest.mark.parametrize("again", [(("b1", "b3"),), (("b2", "b5"), ("b7", "b9")), (("b4", "b4"), ("b5", "b6"))])
@@ -96,14 +98,56 @@ def test_ranges_that_run_again_add_up(again: tuple) -> None:
     assert abs(costs.peak(ways) / traced - 1) < 1e-5
 
 
+@pytest.mark.parametrize("optimizer", [MOMENTUM, {"name": "adamw"}])
+@pytest.mark.parametrize(
+    ("live", "upto"),
+    [(("b3.*", "head.*"), None), (("stem.*", "b4.*"), None), (("*.norm*",), None), (("b[25].*",), "b6")],
+)
+def test_units_that_are_frozen_add_up(live: tuple, upto: str | None, optimizer: Any) -> None:
+    rt = runtime("preresnet20", optimizer=optimizer)
+    phase = Phase(live=tuple(f"model/{n}" for n in live), upto=upto)
+    (traced,) = rt.predictor.peaks(Plan(phases=(phase,)))
+    stretch = of(rt.chooser.costs(None, phase.live), phase)
+    assert stretch is not None and abs(stretch.peak() / traced - 1) < 1e-5
+
+
+ODD = """
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else x
+
+
+def net(shape, classes):
+    head = nn.Sequential(nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(6 * 12 * 12, classes))
+    return [("stem", nn.Conv2d(shape[0], 6, 3)), ("a", Odd()), ("b", Odd()), ("head", head)]
+"""
+
+
+def test_steps_that_cannot_be_captured_have_costs_too(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(ODD)
+    rt = runtime({"name": f"{tmp_path / 'net.py'}:net"})
+    costs = rt.chooser.costs()
+    assert not costs.captured
+    for level, again in ((0, ()), (Again, (("a", "a"), ("b", "b")))):
+        (traced,) = rt.predictor.peaks(Plan(phases=(Phase(again=again),)))
+        assert abs(Stretch(costs, 0, 2).peak(level) / traced - 1) < 1e-3
+
+
 def test_units_that_are_built_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedpipe.memory import costs as module
+    from fedpipe.memory import played
 
     calls = []
-    real = module.trained
-    monkeypatch.setattr(module, "trained", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = played.trained
+    monkeypatch.setattr(played, "trained", lambda *a, **k: calls.append(1) or real(*a, **k))
     costs = runtime("preresnet20").chooser.costs()
-    found = [costs.way(u, 0, True) for u in (2, 3, 5, 8)]
+    found = [costs.way(u, 0, False) for u in (2, 3, 5, 8)]
     assert found[0].saved == found[1].saved > found[2].saved > found[3].saved
     assert len(calls) == 3  # b2 and b3, b5, b8
 
@@ -177,7 +221,7 @@ def test_all_ranges_of_64_blocks_take_less_than_a_minute() -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_of_64_blocks_is_predicted_in_a_second(tmp_path: Path) -> None:
+def test_a_plan_of_64_blocks_is_predicted_in_seconds(tmp_path: Path) -> None:
     file = tmp_path / "net.py"
     file.write_text("from test_costs import deep_chain\n\n\ndef net(shape, classes):\n    return deep_chain(64, 16)\n")
     rt = runtime({"name": f"{file}:net"}, batch=32)
@@ -187,7 +231,7 @@ def test_a_plan_of_64_blocks_is_predicted_in_a_second(tmp_path: Path) -> None:
         began = time.process_time()
         assert rt.predictor.peaks(Plan(phases=(Phase(levels=levels),)))[0] > 2**20
         spent.append(time.process_time() - began)
-    assert sorted(spent)[1] < 1, spent
+    assert sorted(spent)[1] < 4, spent  # a step is captured each time
 
 
 @pytest.mark.parametrize("model", ["preresnet20", {"name": "vit_tiny", "depth": 3}])
@@ -318,7 +362,8 @@ def test_a_peak_is_made_of_its_parts(method: str, optimizer: str) -> None:
     assert plan is not None
     (parts,) = rt.predictor.parts(plan)
     model = sum(p.nbytes for p in rt.build().parameters())
-    assert parts.parameters == parts.gradients == model
+    assert parts.parameters == model
+    assert parts.gradients == (0 if (method, optimizer) == ("fedavg", "sgd") else model)  # plain SGD moves as it goes
     assert model * (1 if optimizer == "sgd" else 2) <= parts.optimizer <= model * (1 if optimizer == "sgd" else 2) + 64
     assert parts.state == (3 * model if method == "scaffold" else 0)
     assert sum(astuple(parts)) == parts.peak == rt.predictor.peaks(plan)[0]
@@ -441,6 +486,6 @@ def test_a_models_own_file_has_costs_too(tmp_path: Path) -> None:
     with seeded(0):
         chain = load(ModelSpec(name=f"{file}:net"), (3, 16, 16), 10)
     costs = Costs(chain, 8, Optimizer(momentum=0.9))
-    assert costs.steady == frozenset() and costs.levels == [0]  # dropout must not run again
+    assert costs.steady == frozenset({1}) and costs.levels == [0]  # masks of dropout are given
     rt = runtime({"name": f"{file}:net"})
-    assert abs(Stretch(costs, 0, 1).peak() / rt.predictor.peaks(Plan())[0] - 1) < 1e-3
+    assert abs(Stretch(costs, 0, 1).peak() / rt.predictor.peaks(Plan())[0] - 1) < 2e-4

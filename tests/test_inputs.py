@@ -128,7 +128,7 @@ def test_a_wrong_value_names_file_and_key(study: Path, refused: Refused, item: s
         (["--set", "methods=[./mine.py]"], "methods: './mine.py' is not known; there are"),
         (["--set", "methods=[{fedprox: {mu: high}}]"], "methods.fedprox.mu: wanted float, got 'high'"),
         (["--set", "methods=[{fedavg: {mu: 1}}]"], "methods.fedavg: no setting 'mu'; there are none"),
-        (["--set", "model=nett"], "model: 'nett' is not known; there are cnn, cnn4, mlp, mobilenet, preresnet20"),
+        (["--set", "model=nett"], "model: 'nett' is not known; there are cnn, cnn4, linear, mlp, mobilenet, "),
         (["--set", "model=./mine.py"], "model: './mine.py' is not known; there are"),
         (["--set", "model=./absent.py:net"], "absent.py: no such file, named in the study as absent.py:name"),
         (["--set", "methods=[./absent.py:method]"], "absent.py: no such file, named in the study as absent.py:name"),

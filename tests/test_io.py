@@ -19,7 +19,7 @@ import torch
 import yaml
 from conftest import TINY
 
-from fedpipe import io
+from fedpipe import io, packed
 from fedpipe.__main__ import main
 from fedpipe.errors import Damaged, FedpipeError
 from fedpipe.fingerprint import fingerprint
@@ -49,6 +49,9 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert io.read_table(tmp_path / "x.parquet").to_pylist() == ROWS == io.map_arrow(tmp_path / "x.arrow").to_pylist()
     tensors, _ = io.read_tensors(tmp_path / "x.safetensors")
     assert list(tensors) == ["model/a", "model/b"] and tensors["model/a"][1, 0] == 8
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    tensors["model/a"].zero_()
+    assert (tmp_path / "x.safetensors").read_bytes() == raw, "the map is private"
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -338,8 +341,16 @@ def altered(path: Path, change: Callable[[Tensors], Any]) -> None:
     io.write_tensors(path, tensors, meta)
 
 
-def updates(folder: Path) -> list[Path]:
-    return sorted(folder.glob("trained/*/update/*.safetensors"))
+def updates(folder: Path) -> list[tuple[Path, str]]:
+    """Packed file and client of every update."""
+    files = sorted(folder.glob("trained/*/update.pack"))
+    return [(f, name) for f in files for name in packed.Packed(f).images]
+
+
+def replaced(path: Path, name: str, image: bytes) -> None:
+    """The same packed file with another image for a client."""
+    images = {n: bytes(raw) for n, raw in packed.Packed(path).images.items()}
+    packed.write(path, (images | {name: image}).items())
 
 
 def test_untouched_updates_are_taken(trained, tmp_path: Path) -> None:
@@ -373,23 +384,28 @@ CHANGES: dict[str, tuple[Callable[[Tensors], Any], str]] = {
 def test_an_update_that_breaks_its_promise_is_refused(trained, tmp_path: Path, capsys, kind: str) -> None:
     job = trained(tmp_path)
     change, wanted = CHANGES[kind]
-    path = updates(tmp_path)[1]
-    altered(path, change)
+    path, client = updates(tmp_path)[1]
+    tensors, meta = io.decode(packed.Packed(path).image(client))
+    change(tensors)
+    replaced(path, client, io.encode(tensors, meta))
     assert main(arguments(job)) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"fedpipe: error: update of client {path.stem.split('@')[0]}, round 0: {wanted}"), said
+    assert said.startswith(f"fedpipe: error: update of client {client}, round 0: {wanted}"), said
     assert said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_an_update_that_is_damaged_or_lost_is_refused(trained, tmp_path: Path, capsys) -> None:
     job = trained(tmp_path)
-    path = updates(tmp_path)[0]
+    path, client = updates(tmp_path)[0]
     raw = path.read_bytes()
-    for wrong in (raw[:-1], raw[:9], b"", raw[:-1] + bytes([raw[-1] ^ 1])):
+    for wrong in (raw[:-1], raw[:9], b"", raw[:-1] + bytes([raw[-1] ^ 1]), raw[1:], raw + raw):
         path.write_bytes(wrong)
         assert main(arguments(job)) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"fedpipe: error: {path}: damaged") and said.count("\n") == 1
+        assert said.startswith(f"fedpipe: error: {path}") and ": damaged" in said and said.count("\n") == 1
+    path.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    assert main(arguments(job)) == 2
+    assert capsys.readouterr().err.startswith(f"fedpipe: error: {path} (client {client}): damaged")
     path.unlink()
     assert main(arguments(job)) == 2
     assert path.name in (said := capsys.readouterr().err) and said.count("\n") == 1
@@ -407,10 +423,9 @@ def test_an_update_that_is_damaged_or_lost_is_refused(trained, tmp_path: Path, c
 
 def test_an_update_of_somebody_else_is_refused(trained, tmp_path: Path, capsys) -> None:
     job = trained(tmp_path)
-    mine, other = updates(tmp_path)[:2]
-    shutil.copy(other, mine)
+    (mine, who), (other, whose) = updates(tmp_path)[:2]
+    replaced(mine, who, bytes(packed.Packed(other).image(whose)))
     assert main(arguments(job)) == 2
-    who, whose = (p.stem.split("@")[0] for p in (mine, other))
     said = capsys.readouterr().err
     assert f"update of client {who}, round 0: what arrived is of client {whose}, round 0" in said
     assert said.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -223,3 +223,65 @@ def test_the_peak_on_cuda_is_the_allocators() -> None:
         del_me = torch.empty(2**20, device="cuda")
         del del_me
     assert peak.bytes == 4096 + 4 * 2**20
+
+
+FIRST, LAST = torch.contiguous_format, torch.channels_last
+
+
+@pytest.mark.parametrize(
+    "orders", [(LAST, LAST, LAST), (LAST, FIRST, LAST), (FIRST, LAST, FIRST), (FIRST, FIRST, LAST)]
+)
+@pytest.mark.parametrize(
+    ("batch", "inward", "outward", "side", "kernel", "stride", "groups"),
+    [
+        (16, 3, 16, 32, 3, 1, 1),
+        (16, 32, 64, 16, 3, 2, 1),
+        (16, 20, 50, 16, 5, 1, 1),
+        (16, 64, 128, 16, 1, 2, 1),
+        (10, 512, 512, 4, 3, 1, 1),
+        (16, 128, 128, 16, 3, 1, 128),
+        (16, 128, 128, 16, 3, 2, 128),
+    ],
+)
+def test_convolutions_are_predicted_in_either_order(
+    orders: tuple[torch.memory_format, ...],
+    batch: int,
+    inward: int,
+    outward: int,
+    side: int,
+    kernel: int,
+    stride: int,
+    groups: int,
+) -> None:
+    """Of images, weights and incoming gradients: those that lie otherwise are copied; channels last, few are."""
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
+
+    def forward(at: Tensors) -> None:
+        torch.ops.aten.convolution(at["x"], at["w"], None, *geometry)
+
+    def backward(at: Tensors) -> None:
+        torch.ops.aten.convolution_backward(at["y"], at["x"], at["w"], None, *geometry, [True, True, False])
+
+    x, w = torch.randn(batch, inward, side, side), torch.randn(outward, inward // groups, kernel, kernel)
+    y = torch.ops.aten.convolution(x, w, None, *geometry)
+    at = {n: t.contiguous(memory_format=o) for n, t, o in zip("xwy", (x, w, y), orders, strict=True)}
+    for run in (forward, backward):
+        with Peak(at.values()) as peak:
+            run(at)
+        assert traced_peak(run, at) == pytest.approx(peak.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("orders", [(LAST, LAST), (LAST, FIRST), (FIRST, LAST), (FIRST, FIRST)])
+def test_a_pools_backward_is_made_in_both_orders_where_they_differ(orders: tuple[torch.memory_format, ...]) -> None:
+    x = torch.randn(8, 32, 16, 16).contiguous(memory_format=orders[0])
+    y, best = torch.ops.aten.max_pool2d_with_indices(x, [2, 2], [2, 2])
+    at = {"x": x, "y": y.contiguous(memory_format=orders[1]), "best": best}
+
+    def backward(at: Tensors) -> None:
+        torch.ops.aten.max_pool2d_with_indices_backward(
+            at["y"], at["x"], [2, 2], [2, 2], [0, 0], [1, 1], False, at["best"]
+        )
+
+    with Peak(at.values()) as peak:
+        backward(at)
+    assert traced_peak(backward, at) == peak.bytes

@@ -33,7 +33,7 @@ IDENTITIES: dict[str, tuple[dict[str, Any], str, tuple[str, ...], dict[str, Any]
 TIGHT: dict[str, Any] = {
     "data": {**IID["data"], "size": 8},
     "model": {"name": "mlp", "hidden": [48] * 7},
-    "budgets": {"bytes": {110_000: 2, 120_000: 2, 160_000: 2}},
+    "budgets": {"bytes": {105_000: 2, 110_000: 2, 160_000: 2}},
 }
 
 

@@ -174,7 +174,7 @@ def test_what_a_chain_is_made_of() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + torch.randn_like(x) if self.training else x
 
-    for unit, yes in [(nn.Dropout(0.5), True), (nn.Dropout(0.0), False), (Noise(), True)]:
+    for unit, yes in [(nn.Dropout(0.5), False), (nn.Dropout1d(0.5), True), (nn.Dropout(0.0), False), (Noise(), True)]:
         noisy = Chain([("stem", nn.Flatten()), ("a", unit), ("head", nn.LazyLinear(2))], (1, 2, 2))
         noisy(torch.zeros(2, 1, 2, 2))
         assert bool(drawing(noisy)) is yes
@@ -223,7 +223,7 @@ def test_a_users_file_is_a_model(tmp_path, monkeypatch) -> None:
         (
             "preresnet99",
             {},
-            "model preresnet99: unknown; known are cnn, cnn4, mlp, mobilenet, .*, or",
+            "model preresnet99: unknown; known are cnn, cnn4, linear, mlp, mobilenet, .*, or",
         ),
         ("./absent.py:net", {}, "no file absent.py"),
         ("./mine.py", {}, "no file"),

@@ -15,6 +15,7 @@ import yaml
 from fedpipe import io
 from fedpipe.__main__ import main
 from fedpipe.fingerprint import fingerprint
+from fedpipe.packed import Packed
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.studyfile import load_study
 
@@ -128,7 +129,7 @@ def test_train_and_aggregate_as_files_are_the_segment(jobs: int, study: Path, ou
         for j, folder in enumerate(folders):
             share = ["--state", state, "--own", own, "--out", folder, "--job", j, "--jobs", jobs]
             assert main([str(a) for a in ["train", *world, *share]]) == 0
-        assert len([u for f in folders for u in f.glob("update/*")]) >= 2
+        assert sum(len(Packed(f / "update.pack").images) for f in folders) >= 2
         to = [tmp_path / f"{t}-{kind}" for kind in KINDS]
         write = ["--next-state", to[0], "--next-own", to[1], "--rounds", to[2], "--curve", to[3]]
         write += ["--times", to[4], "--peaks", to[5]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import Game, equal, make_run
+from engine import Game, distance, equal, make_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -276,7 +276,9 @@ def test_whole_runs_end_in_the_same_state(
         assert read_table(plain.paths.plans).num_rows == phases
         assert plain.largest_group == (4 if stack > 1 else 1)
         for local in locals_:
-            assert equal(plain.state, play(tmp_path, method, model, stack, local).state)
+            other = play(tmp_path, method, model, stack, local).state
+            # captured in a stack, a bias's gradient may be summed in another order
+            assert equal(plain.state, other) if stack == 1 else distance(plain.state, other) < 1e-7
 
 
 def test_budgets_hold_more_at_a_level(tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def test_what_a_model_cannot_do_is_refused(policy: Policy, said: str) -> None:
 
 
 def test_units_that_draw_are_refused(tmp_path: Path) -> None:
-    noisy = Chain([("stem", nn.Flatten()), ("b1", nn.Dropout(0.5)), ("head", nn.Linear(768, 10))], IMAGE)
+    noisy = Chain([("stem", nn.Flatten()), ("b1", nn.Dropout1d(0.5)), ("head", nn.Linear(768, 10))], IMAGE)
     check(noisy, Policy(again=(("stem", "stem"),)))
     with pytest.raises(ValueError, match="again: unit b1 draws random numbers by itself"):
         check(noisy, Policy(again=(("stem", "b1"),)))

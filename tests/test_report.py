@@ -63,7 +63,9 @@ PEAK = pa.schema(
         **{"predicted": pa.int64(), "measured": pa.int64(), "budget": pa.int64(), "resident": pa.int64()},
     }
 )
-SECONDS = pa.schema({"round": pa.int32(), "seconds": pa.float64(), "host": pa.string(), "date": pa.string()})
+SECONDS = pa.schema(
+    {"round": pa.int32(), "seconds": pa.float64(), "captured": pa.float64(), "host": pa.string(), "date": pa.string()}
+)
 
 
 def small_study(seeds: list[int], **more: Any) -> Study:
@@ -164,7 +166,10 @@ def write_observations(folder: Path, plans: list[dict[str, Any]]) -> None:
     ]
     write_table(folder / "rounds" / "000002.peaks.obs.parquet", peaks, {}, PEAK)
     for last in (2, 4):
-        rows = [{"round": t, "seconds": 0.5, "host": "h", "date": "2026-01-01"} for t in range(last - 2, last)]
+        rows = [
+            {"round": t, "seconds": 0.5, "captured": 0.1, "host": "h", "date": "2026-01-01"}
+            for t in range(last - 2, last)
+        ]
         write_table(folder / "rounds" / f"{last:06d}.obs.parquet", rows, {}, SECONDS)
 
 

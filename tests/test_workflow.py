@@ -138,7 +138,7 @@ def test_comments_docstrings_and_layout_do_not_count(copy: Path) -> None:
     edit(copy, "fedpipe/rng.py", '"""Every random draw', '"""Each random draw')
     edit(copy, "fedpipe/rng.py", "import numpy as np\n", "import numpy as np  # arrays\n\n\n\n")
     assert before == {m: training(copy, m) for m in METHODS}
-    edit(copy, "fedpipe/rng.py", 'digest_size=16).digest(), "little"', 'digest_size=16).digest(), "big"')
+    edit(copy, "fedpipe/rng.py", 'purpose), "little")', 'purpose), "big")')
     after = {m: training(copy, m) for m in METHODS}
     assert all(before[m] != after[m] for m in METHODS)
 

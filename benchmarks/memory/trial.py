@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from cases import Case
 
+from fedpipe.capture import PROGRAMS
 from fedpipe.config import Study
 from fedpipe.data.dataset import Dataset
 from fedpipe.memory.trial import tried
@@ -45,9 +46,7 @@ def rows(case: Case, device: str = "cpu") -> list[dict[str, Any]]:
     rt, plan = opened(case, device)
     predicted = rt.predictor.peaks(plan)
     found = [p.bytes for p in tried(rt, plan, torch.arange(case.batch))]
-    # a process keeps the models of every Runtime, and hundreds of them would fill its memory
-    Runtime.build.cache_clear()
-    Runtime.windows.cache_clear()
+    PROGRAMS.known.clear()  # of hundreds of models
     return [
         case.about | {"units": units, "predicted": p, "measured": m, "error": p / m - 1}
         for units, p, m in zip(case.trained, predicted, found, strict=True)

@@ -1,6 +1,7 @@
 """Decoded data as training reads it: views of the memory-mapped file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,35 @@ class Dataset:
     names: tuple[str, ...]  # of the classes
     mean: tuple[float, ...]  # [C], of training rows in 0..1
     std: tuple[float, ...]
+    normal: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
+    taken: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # bytes of a batch, by its rows
 
     def batch(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised images [n, C, H, W] in `dtype` and labels int64 [n] of the given rows int64 [n]."""
-        mean, std = (torch.tensor(v, dtype=dtype).view(-1, 1, 1) for v in (self.mean, self.std))
-        return self.x[rows].to(dtype).div_(255).sub_(mean).div_(std), self.y[rows]
+        scale, shift = self.normalisation(dtype)
+        count = len(rows)
+        if count not in self.taken:  # memory that stays in the processor's cache, and is no client's
+            self.taken[count] = torch.from_numpy(np.empty((count, *self.shape), np.uint8))
+        x = torch.index_select(self.x, 0, rows, out=self.taken[count]).to(dtype)
+        return torch.addcmul(shift, x, scale, out=x), self.y.index_select(0, rows)
+
+    def normalisation(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift [C, H, W] that take bytes to (byte / 255 - mean) / std; whole images are twice as fast."""
+        if dtype in self.normal:
+            return self.normal[dtype]
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (self.mean, self.std))
+        scale, shift = (t.to(dtype).expand(self.shape).contiguous() for t in (1 / (255 * std), -mean / std))
+        return self.normal.setdefault(dtype, (scale, shift))
 
 
 def load(path: Path) -> Dataset:
-    """The data of `data.arrow`, checked against its seal."""
+    """The data of `data.arrow`, checked against its seal; a process opens a file that does not change once."""
+    stat = path.stat() if path.is_file() else None
+    return _opened(path, stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path, version: tuple[int, ...] | None) -> Dataset:
     table = map_arrow(path).combine_chunks()
     meta = table_meta(table, str(path))
     images = table.column("image").chunk(0).flatten()

@@ -38,7 +38,8 @@ class Chooser:
         key = plan.model, live
         if key not in self._costs:
             chain = self.runtime.chain(plan)
-            self._costs[key] = Costs(chain, self.local.batch, self.local.optimizer, live, self._units)
+            order = self.runtime.layout(chain)
+            self._costs[key] = Costs(chain, self.local.batch, self.local.optimizer, live, self._units, order)
         return self._costs[key]
 
     @property

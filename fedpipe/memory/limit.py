@@ -1,5 +1,6 @@
 """A limit on what torch's allocator takes on CUDA, for the time one client trains alone."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +32,10 @@ def allocator_limit(rest: int, device: torch.device) -> Iterator[bool]:
         yield True
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def total(device: torch.device) -> int:
+    """Bytes of memory a device has: of a card its own, of a CPU the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

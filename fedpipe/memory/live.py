@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fedpipe.errors import FedpipeError
 from fedpipe.memory.parts import Record, Stage
 from fedpipe.memory.workspace import workspace
+from fedpipe.straight import Stage as CapturedStage
 
 
 def storage_bytes(storage: torch.UntypedStorage) -> int:
@@ -34,7 +35,7 @@ class Live(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage_bytes(storage)
         if key not in self._alive:
-            if torch.is_grad_enabled() and not _in_backward():
+            if (torch.is_grad_enabled() and not _in_backward()) or CapturedStage.now == "forward":
                 self.turn("forward")
             self.tick += 1
             record = Record(size, self.tick, self.turns[-1][1])
@@ -98,4 +99,4 @@ _IN_PLACE = {
 
 
 def _in_backward() -> bool:
-    return torch._C._current_autograd_node() is not None
+    return torch._C._current_autograd_node() is not None or CapturedStage.now == "backward"

@@ -27,6 +27,7 @@ class Parts:
     activations  made by the forward and read by the backward, the batch among them
     temporaries  everything else that is alive: gradients of activations, what runs again, results on their way
     workspace    what an operation allocates for itself while it runs
+    features     outputs of a frozen prefix that are kept
     """
 
     parameters: int = 0
@@ -36,6 +37,7 @@ class Parts:
     activations: int = 0
     temporaries: int = 0
     workspace: int = 0
+    features: int = 0
 
     @property
     def peak(self) -> int:
@@ -89,4 +91,6 @@ def _kind(r: Record, begun: dict[str, list[int]]) -> str:
     outlives = i < len(starts) and (r.died is None or r.died > starts[i])
     if not outlives:
         return "temporaries"
+    if r.stage == "forward" and not i and len(starts) > 1 and r.died is None:
+        return "optimizer"  # made before the first step, as momentum is that a captured step moves
     return "activations" if r.stage == "forward" else "gradients"

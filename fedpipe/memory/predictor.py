@@ -1,23 +1,21 @@
 """Predicted bytes of plans: the real training loop of the method, run under fake tensors."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from fedpipe.client import Client
-from fedpipe.context import Ctx
 from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.memory.predict import Span, Trace
 from fedpipe.memory.stretch import Ranges
-from fedpipe.models import REGISTRY
-from fedpipe.phase import default_loss
 from fedpipe.plans import key
-from fedpipe.types import Batch, Method, Phase, Plan, Tensors
+from fedpipe.types import Batch, Phase, Plan, Tensors
 
 if TYPE_CHECKING:
     from fedpipe.runtime import Runtime
@@ -38,8 +36,21 @@ class Predictor:
 
     def parts(self, plan: Plan) -> list[Parts]:
         """What the peak of each phase is made of."""
-        plan = self.runtime.levelled(plan)
-        return [self._phase(replace(plan, phases=(phase,))) for phase in plan.phases]
+        plan, out, before = self.runtime.levelled(plan), list[Parts](), 0
+        for phase in plan.phases:
+            parts, now = self._phase(replace(plan, phases=(phase,))), self.kept_bytes(plan, phase)
+            traced = self.kept_bytes(plan, replace(phase, kept=self.runtime.run.local.batch))
+            # what the phase before has kept is given up batch by batch
+            out.append(replace(parts, features=max(0, max(now, before) - traced)))
+            before = now
+        return out
+
+    def kept_bytes(self, plan: Plan, phase: Phase) -> int:
+        """Bytes of the batches that a phase keeps: x, y and w of its samples."""
+        if phase.since is None:
+            return 0
+        item, shape = self.runtime.dtype.itemsize, self.runtime.chain(plan).shapes[phase.since]
+        return phase.kept * ((math.prod(shape) + 1) * item + 8)
 
     def remember(self, predictions: pa.Table) -> dict[float, int]:
         """Take the peaks of `prediction.parquet` as known; returns the bytes of the widths budgets are named after."""
@@ -78,55 +89,18 @@ class Predictor:
             client = Client(
                 ctx=rt.ctx(client=0, samples=size),
                 at=at,
-                batches=lambda phase, index: [range(size)] * STEPS,
+                batches=lambda phase, index: [np.arange(size)] * STEPS,
                 load=load,
                 noise=lambda index, step: rt.ctx(client=0).rng("trace"),
             )
             del at
-            loop = rt.loop(probe)
-            replace(loop, method=self._hastened(loop.method, plan)).train([client], plan)
+            rt.loop(probe).train([client], plan)
         return spans[0].parts
-
-    def _hastened(self, method: Method, plan: Plan) -> Method:
-        """The method, whose first step only makes the optimizer's state: forward and backward are traced in the second.
-
-        Only where a loss changes nothing but by its gradients, and every tensor of a unit that runs has one: the hooks
-        of a method may do otherwise, and so may a user's network.
-        """
-        chain, (phase,) = self.runtime.chain(plan), plan.phases
-        if method.loss is not None or chain.buffer_names or self.runtime.run.model.name not in REGISTRY:
-            return method
-        body = chain.names[:-1]
-        run = {*body[: body.index(phase.upto) + 1 if phase.upto in body else None], chain.names[-1]}
-        first = iter([True])
-
-        def loss(at: Tensors, batch: Batch, ctx: Ctx) -> Any:
-            reached = [t for n, t in at.items() if t.requires_grad and unit_of(n) in run]
-            return _Nothing.apply(*reached) if next(first, False) and reached else default_loss(at, batch, ctx)
-
-        return replace(method, loss=loss)
-
-
-def unit_of(name: str) -> str | None:
-    """The unit of a tensor of the model: `model/b1.conv.weight` is of b1."""
-    return name.removeprefix("model/").partition(".")[0] if name.startswith("model/") else None
-
-
-class _Nothing(torch.autograd.Function):
-    """A loss of tensors that has gradients of their shapes, and saves nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        ctx.like = [(t.shape, t.dtype, t.device) for t in tensors]
-        return tensors[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like)
 
 
 def candidate(plan: Plan) -> str:
     """What the bytes of a one-phase plan depend on, as canonical text."""
     (phase,) = plan.phases
-    bare = Phase(live=phase.live, upto=phase.upto, step=phase.step, levels=phase.levels, again=phase.again)
+    where, how = {"upto": phase.upto, "since": phase.since}, {"levels": phase.levels, "again": phase.again}
+    bare = Phase(live=phase.live, step=phase.step, **where, **how)  # type: ignore[arg-type]
     return key(replace(plan, phases=(bare,), up=(), weight="", reply=plan.reply))

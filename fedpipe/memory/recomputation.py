@@ -6,12 +6,12 @@ not nest; units have levels of recomputation, and gradients stay. Parameters, op
 change are outside.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpipe.memory.option import Option
 
 # bytes and costs of ways to train the units from one on, the bytes ascending, the costs descending
 Front = tuple[NDArray[np.int64], NDArray[np.float64]]
@@ -19,35 +19,13 @@ Front = tuple[NDArray[np.int64], NDArray[np.float64]]
 LIMIT = 2**62
 
 
-@dataclass(frozen=True)
-class Option:
-    """One way to train units first..last (indices, inclusive): a unit at a level of recomputation, or a range that runs
-    again. All but the cost in bytes. Raises ValueError for negative numbers, and a level of more than one unit."""
-
-    first: int
-    last: int
-    level: int | None  # None: the range runs again in the backward
-    saved: int  # kept between its forward and its backward, besides its input and output
-    input: bool  # its input is kept for the backward
-    output: bool  # its output is kept by itself
-    forward: int  # highest rise during its forward, its input included, above what is saved before it
-    # highest rise during its backward: its own saved bytes and the incoming gradient included, its input and the
-    # gradients of later parameters not
-    backward: int
-    gradients: int  # of its parameters, held from its backward to the end
-    cost: float  # work of what runs again, 0 at level 0
-
-    def __post_init__(self) -> None:
-        where = f"units {self.first}..{self.last}"
-        if not 0 <= self.first <= self.last or (self.level is not None and self.first != self.last):
-            raise ValueError(f"{where} at level {self.level}: wanted one unit at a level, or a range with level None")
-        for name in ("saved", "forward", "backward", "gradients", "cost"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{where}: {name} {getattr(self, name)} came; wanted a number >= 0")
-
-
 def peak(options: Sequence[Option], boundary: Sequence[int]) -> int:
-    """Most bytes at any moment of a forward and backward over options in order, which cover the chain once.
+    """Most bytes at any moment of a forward and backward over options in order: the larger of `moments`."""
+    return max(moments(options, boundary))
+
+
+def moments(options: Sequence[Option], boundary: Sequence[int]) -> tuple[int, int]:
+    """Most bytes at any moment of a forward over options in order, which cover the chain once, and of their backward.
 
     boundary[u]: bytes of the input of unit u (0 for the first where the images are held anyway). It is kept in front of
     an option whose `input` is, or after one whose `output` is. Raises ValueError for options that do not cover.
@@ -59,14 +37,15 @@ def peak(options: Sequence[Option], boundary: Sequence[int]) -> int:
         at = o.last + 1
     if at != len(_checked(boundary)):
         raise ValueError(f"options: they cover {at} units; wanted the {len(boundary)} of the boundaries")
-    later, below, most, kept = sum(o.gradients for o in options), 0, 0, False
-    for o in options:
+    later, below, forward, backward, kept = sum(o.gradients for o in options), 0, 0, 0, False
+    for given in options:
+        o = given.behind(kept)
         later -= o.gradients
-        forward = below + o.forward
+        forward = max(forward, below + o.forward)
         below += boundary[o.first] if kept or o.input else 0
-        most = max(most, forward, below + later + o.backward)
+        backward = max(backward, below + later + o.backward)
         below, kept = below + o.saved, o.output
-    return most
+    return forward, backward
 
 
 def cheapest(options: Sequence[Option], boundary: Sequence[int], budget: int) -> list[Option] | None:
@@ -88,7 +67,7 @@ def cheapest(options: Sequence[Option], boundary: Sequence[int], budget: int) ->
 def smallest(options: Sequence[Option], boundary: Sequence[int]) -> int:
     """The least peak in bytes that any options in a row reach; arguments and errors as for `cheapest`."""
     # where nothing costs anything, the smallest is all that remains
-    tails = _Chain([replace(o, cost=0) for o in options], boundary).tails(LIMIT)
+    tails = _Chain([o.free for o in options], boundary).tails(LIMIT)
     return int(tails[0, False][0][0])
 
 
@@ -120,6 +99,9 @@ class _Chain:
             raise ValueError(f"options: none in a row cover units 0..{self.units - 1}")
         self.later = {u: before[self.units] - b for u, b in before.items()}
 
+    def _at(self, unit: int, kept: bool) -> list[Option]:
+        return [o.behind(kept) for o in self.options[unit]]
+
     def _below(self, option: Option, kept: bool) -> int:
         return self.boundary[option.first] if kept or option.input else 0
 
@@ -128,7 +110,7 @@ class _Chain:
         least = {(0, False): 0}
         for u in range(self.units):
             for kept in (False, True):
-                for o in self.options[u] if (u, kept) in least else ():
+                for o in self._at(u, kept) if (u, kept) in least else ():
                     key, total = (o.last + 1, o.output), least[u, kept] + self._below(o, kept) + o.saved
                     least[key] = min(least.get(key, total), total)
         return least
@@ -151,7 +133,7 @@ class _Chain:
         tails: dict[tuple[int, bool], Front] = {(self.units, False): nothing, (self.units, True): nothing}
         for u, kept in sorted(least, reverse=True):
             found = []
-            for o in self.options[u] if u < self.units else ():
+            for o in self._at(u, kept) if u < self.units else ():
                 if (o.last + 1, o.output) in tails:
                     front, _ = self._joined(o, kept, tails[o.last + 1, o.output], budget - least[u, kept])
                     found.append(front)
@@ -164,7 +146,7 @@ class _Chain:
         chosen, u, kept = list[Option](), 0, False
         peak, cost = (numbers[-1] for numbers in tails[0, False])
         while u < self.units:
-            for o in (o for o in self.options[u] if (o.last + 1, o.output) in tails):
+            for o in (o for o in self._at(u, kept) if (o.last + 1, o.output) in tails):
                 tail = tails[o.last + 1, o.output]
                 (peaks, costs), part = self._joined(o, kept, tail, peak)
                 if len(peaks) and (peaks[-1], costs[-1]) == (peak, cost):

@@ -17,6 +17,8 @@ class Stretch:
     def __init__(self, costs: Costs, first: int, last: int) -> None:
         self.costs, self.first, self.last = costs, first, last
         self.units = range(first, last + 1)
+        # gradients end with the first unit that has any of its own
+        self.lowest = next((u for u in self.units if costs.trains(costs.body[u])), last)
 
     def peak(self, level: int | None = 0) -> int:
         """Bytes with every unit at a level, or the highest it has below; the stem never runs again."""
@@ -27,21 +29,21 @@ class Stretch:
         return self.costs.peak([self._way(u, policy.level(self.costs.body[u])) for u in self.units])
 
     def _way(self, unit: int, level: int | None) -> Option:
-        deep = unit > self.first
-        if level is Again:
-            return self.costs.again(unit, unit, deep) if unit in self.costs.steady else self.costs.way(unit, 0, deep)
-        return self.costs.way(unit, level, deep)
+        deep, ends = unit > self.lowest, unit == self.last
+        if level is Again and unit in self.costs.steady:
+            return self.costs.again(unit, unit, deep, ends)
+        return self.costs.way(unit, level or 0, deep, ends)
 
     def options(self, alone: bool = False) -> tuple[list[Option], list[int]]:
         """Every way to train each unit and every range that may run again, or of these only single units, and the
         tail; inputs in bytes."""
         costs = self.costs
-        ways = [costs.way(u, n, u > self.first) for u in self.units for n in costs.has(u)]
+        ways = [costs.way(u, n, u > self.lowest, u == self.last) for u in self.units for n in costs.has(u)]
         for a in self.units:
             for b in range(a, (a if alone else self.last) + 1):
                 if b not in costs.steady:
                     break
-                ways.append(costs.again(a, b, a > self.first))
+                ways.append(costs.again(a, b, a > self.lowest, b == self.last))
         return costs.moved(ways, costs.tail(self.last))
 
     def cheapest(self, limit: int) -> Policy | None:

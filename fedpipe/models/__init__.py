@@ -9,4 +9,6 @@ REGISTRY = {
     "resnet34": "fedpipe.models.resnet:resnet34",
     "vit_tiny": "fedpipe.models.vit:vit_tiny",
     "cnn": "fedpipe.models.small:cnn",
+    "linear": "fedpipe.models.small:linear",
+    "simple_cnn": "fedpipe.models.simple_cnn:simple_cnn",
 }

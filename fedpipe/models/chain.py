@@ -1,5 +1,6 @@
 """A model is a chain of named units: a stem, units, a head. It can stop early: the features of any unit reach the head
-through a link without parameters (FeDepth, arXiv 2303.04887, section 3: the skip connection with zero padding)."""
+through a link without parameters (`link`). A unit with `exits = True` takes `every=k` in its forward and gives only
+every k-th pixel of its output, as if taken of all: before a link that keeps no others, these are never computed."""
 
 import importlib
 import inspect
@@ -8,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
-from fedpipe.models import REGISTRY
+from fedpipe.models import REGISTRY, link
+from fedpipe.models.dropout import own_dropout
 from fedpipe.recompute import Policy, again
 from fedpipe.seeding import seeded
 from fedpipe.types import Window
@@ -26,7 +27,8 @@ class Chain(nn.Module):
     """Named modules run in order: the first is the stem, the last the head. Parameters are named `<unit>.<parameter>`.
 
     `shape` is one image's (channels, height, width). `names` holds all units in order, `tensor_names` the parameters
-    and buffers of the state, `buffer_names` the buffers alone; `features` is one sample's shape at the head's input.
+    and buffers of the state, `buffer_names` the buffers alone; `shapes` one sample's output of each unit but the
+    head, `features` the last of these.
     Raises FedpipeError for unit names that are not distinct identifiers, or fewer than two units.
     """
 
@@ -42,29 +44,35 @@ class Chain(nn.Module):
                     f"unit name {name!r}: wanted distinct names of letters, digits and _, none of torch's own"
                 )
             self.add_module(name, module)
+        self.noise = own_dropout(self)
+        self.key = ""  # what it was built from: chains of equal keys do the same
         self.tensor_names = tuple(self.state_dict())
         self.buffer_names = tuple(n for n, _ in self.named_buffers() if n in self.tensor_names)
-        self.features = self._probe()
+        self.shapes = self._probe()
+        self.features = self.shapes[self.names[-2]]
 
     @torch.no_grad()
-    def _probe(self) -> tuple[int, ...]:
-        """The shape of one sample at the head's input, from two zero images in evaluation mode."""
+    def _probe(self) -> dict[str, link.Shape]:
+        """The shape of one sample behind each unit but the head, from two zero images in evaluation mode."""
         at = next((p.device for p in self.parameters()), torch.device("cpu"))
         modes = {m: m.training for m in self.modules()}
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         self.eval()
         x = torch.zeros(2, *self.shape, device=at, dtype=dtype)
-        name = self.names[0]
+        name, found = self.names[0], dict[str, link.Shape]()
         try:
             with seeded(0):
                 for name in self.names[:-1]:
                     x = self._modules[name](x)  # type: ignore[misc]
+                    found[name] = tuple(x.shape[1:])
+                if self.noise:  # whose layers learn their shapes
+                    self._modules[self.names[-1]](x)  # type: ignore[misc]
         except (RuntimeError, ValueError) as e:
             raise FedpipeError(f"unit {name} does not take the output before it: {' '.join(str(e).split())}") from e
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        return tuple(x.shape[1:])
+        return found
 
     def forward(
         self,
@@ -73,29 +81,44 @@ class Chain(nn.Module):
         policy: Policy | None = None,
         since: str | None = None,
         head: bool = True,
+        every: int | None = None,
     ) -> Tensor:
         """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run).
 
         since: x is that unit's output, and the units behind it run; head=False: the result is the last unit's output.
+        every: of the pixels of that output only every k-th; None: what the link keeps, and all without a head.
         """
-        body = self.names[:-1]
-        if upto is not None and upto not in self.names:
-            raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
-        last = upto if upto in body else body[-1]
-        units = list(body[body.index(since) + 1 if since else 0 : body.index(last) + 1])
+        units = list(self.run_units(upto)[:-1])
+        last = units[-1]
+        del units[: units.index(since) + 1 if since else 0]
+        every = every or (self.every(last) if head else 1)
         while units:
             end = policy.end(units[0]) if policy else None
             count = units.index(end) + 1 if end in units else len(units) if end else 1
-            x = self._again(units[:count], x) if end else self._unit(units[0], x, policy)
+            k = every if count == len(units) else 1
+            x = self._again(units[:count], x, k) if end else self._unit(units[0], x, policy, k)
             del units[:count]
         return self._modules[self.names[-1]](self.link(x, last)) if head else x  # type: ignore[misc]
 
-    def _unit(self, name: str, x: Tensor, policy: Policy | None) -> Tensor:
-        unit, level = self._modules[name], policy.level(name) if policy else 0
-        out: Tensor = unit(x, level=level, backend=policy.backend) if policy and level else unit(x)  # type: ignore[misc]
+    def run_units(self, upto: str | None) -> tuple[str, ...]:
+        """The units that run when those after `upto` do not: up to it, and the head."""
+        if upto is not None and upto not in self.names:
+            raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
+        body = self.names[:-1]
+        return (*body[: body.index(upto) + 1 if upto in body else None], self.names[-1])
+
+    def every(self, unit: str) -> int:
+        """k where the link keeps every k-th pixel of a unit's output and the unit can give these alone; else 1."""
+        return link.kept(self.shapes[unit], self.features) if getattr(self.get_submodule(unit), "exits", False) else 1
+
+    def _unit(self, name: str, x: Tensor, policy: Policy | None, every: int) -> Tensor:
+        words: dict[str, Any] = {"every": every} if every > 1 else {}
+        if policy and policy.level(name):
+            words |= {"level": policy.level(name), "backend": policy.backend}
+        out: Tensor = self._modules[name](x, **words)  # type: ignore[misc]
         return out
 
-    def _again(self, names: Sequence[str], x: Tensor) -> Tensor:
+    def _again(self, names: Sequence[str], x: Tensor, every: int) -> Tensor:
         """Units that run again in the backward; their buffers change once, by what the forward made of copies."""
         units = [self.get_submodule(n) for n in names]
         parts = [[*u.named_parameters()] for u in units]
@@ -106,7 +129,8 @@ class Chain(nn.Module):
             for unit, part, state in zip(units, parts, states, strict=True):
                 values = {n: next(given) for n, _ in part}
                 copies = {n: next(given).clone() for n, _ in state}
-                x = torch.func.functional_call(unit, {**values, **copies}, (x,))
+                words = {"every": every} if every > 1 and unit is units[-1] else {}
+                x = torch.func.functional_call(unit, {**values, **copies}, (x,), words)
                 changed += copies.values()
             return x, *changed
 
@@ -120,24 +144,8 @@ class Chain(nn.Module):
         return x
 
     def link(self, x: Tensor, unit: str) -> Tensor:
-        """Bring the output of `unit` to the head's input shape without parameters.
-
-        Feature maps [batch, C, H, W] keep every k-th pixel; channels, as features [batch, C], are padded with zeros:
-        half of what is missing before, the rest after. Raises FedpipeError where no such map exists.
-        """
-        have, want = tuple(x.shape[1:]), self.features
-        if have == want:
-            return x
-        fits = len(have) == len(want) and len(have) in (1, 3) and have[0] <= want[0]
-        if not fits or any(h % w for h, w in zip(have[1:], want[1:], strict=True)):
-            raise FedpipeError(
-                f"unit {unit}: its output {list(have)} cannot be linked to the head's input {list(want)}"
-            )
-        before = (want[0] - have[0]) // 2
-        after = want[0] - have[0] - before
-        if len(have) == 1:
-            return F.pad(x, (before, after))
-        return F.pad(x[..., :: have[1] // want[1], :: have[2] // want[2]], (0, 0, 0, 0, before, after))
+        """The output of `unit`, or the pixels of it that are kept, as the head takes it (`link.link`)."""
+        return link.link(x, self.features, unit)
 
 
 def _builder(name: str) -> Callable[..., Any]:

@@ -16,7 +16,10 @@ BLOCKS = (
 
 
 class ConvNorm(nn.Module):
-    """Convolution, norm, ReLU: [batch, C, H, W] -> [batch, out, H/s, W/s]."""
+    """Convolution, norm, ReLU: [batch, C, H, W] -> [batch, out, H/s, W/s].
+
+    What ends with it has no `exits`: the norm takes its statistics of all pixels, those that a link drops, too.
+    """
 
     def __init__(
         self, inward: int, out: int, size: int, stride: int, groups: int, norm: Norm, scale: float, bias: bool = False

@@ -60,13 +60,30 @@ class Stem(nn.Module):
         return self.norm(self.scaler(self.conv(x)))
 
 
+class Thinned(nn.Conv2d):
+    """A convolution without bias, of whose output only every k-th pixel may be asked: then its stride is k times as
+    large, and the pixels are the same."""
+
+    def forward(self, x: Tensor, every: int = 1) -> Tensor:
+        return F.conv2d(x, self.weight, None, tuple(s * every for s in self.stride), self.padding)
+
+
+class Skip(nn.Identity):
+    """x, or every k-th pixel of it."""
+
+    def forward(self, x: Tensor, every: int = 1) -> Tensor:
+        return x[..., ::every, ::every] if every > 1 else x
+
+
 class Block(nn.Module):
     """h = relu(norm1(x)); conv2(relu(norm2(conv1(h)))) + shortcut(h): [batch, C, H, W] -> [batch, out, H/s, W/s].
 
-    Saved for the backward are both norms' inputs and outputs; at level 1 their inputs alone.
+    Saved for the backward are both norms' inputs and outputs; at level 1 their inputs alone. Nothing follows conv2 and
+    the shortcut that looks at other pixels, so the block may give some of them only.
     """
 
     levels = (0, 1)
+    exits = True
 
     def __init__(self, inward: int, out: int, stride: int, norm: Norm, scale: float) -> None:
         super().__init__()
@@ -74,20 +91,22 @@ class Block(nn.Module):
         self.norm1 = norm_layer(norm, inward)
         self.conv1 = nn.Conv2d(inward, out, 3, stride, padding=1, bias=False)
         self.norm2 = norm_layer(norm, out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.conv2 = Thinned(out, out, 3, padding=1, bias=False)
         # stride and not the widths decides, so that every width has the same tensors
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inward, out, 1, stride, bias=False)
+        self.shortcut = Skip() if stride == 1 else Thinned(inward, out, 1, stride, bias=False)
 
-    def forward(self, x: Tensor, level: int = 0, backend: Backend = "auto") -> Tensor:
+    def forward(self, x: Tensor, level: int = 0, backend: Backend = "auto", every: int = 1) -> Tensor:
         if level:
-            short = [] if isinstance(self.shortcut, nn.Identity) else [self.shortcut.weight]
-            first, second = ConvAndShortcut(self.conv1.stride[0]), Conv()
-            out, h = norm_relu(self.norm1, self.scaler(x), first, (self.conv1.weight, *short), backend)
+            filters = [] if isinstance(self.shortcut, nn.Identity) else [self.shortcut.weight]
+            first, second = ConvAndShortcut(self.conv1.stride[0], every), Conv(every)
+            out, h = norm_relu(self.norm1, self.scaler(x), first, (self.conv1.weight, *filters), backend)
             (out,) = norm_relu(self.norm2, self.scaler(out), second, (self.conv2.weight,), backend)
             return out + h
         h = F.relu(self.norm1(self.scaler(x)))
-        out = self.conv1(h)
-        return self.conv2(F.relu(self.norm2(self.scaler(out)))) + self.shortcut(h)
+        # few pixels of h are taken first: their gradient, as large as h, then comes into being last
+        short = self.shortcut(h, every) if every > 1 else None
+        out = self.conv2(F.relu(self.norm2(self.scaler(self.conv1(h)))), every)
+        return out + (self.shortcut(h) if short is None else short)
 
 
 class Head(nn.Module):

@@ -11,7 +11,10 @@ Units = list[tuple[str, nn.Module]]
 
 
 class Basic(nn.Module):
-    """relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)): [batch, C, H, W] -> [batch, out, H/s, W/s]."""
+    """relu(norm2(conv2(relu(norm1(conv1(x))))) + shortcut(x)): [batch, C, H, W] -> [batch, out, H/s, W/s].
+
+    It has no `exits`: norm2 takes its statistics of all pixels that conv2 gives.
+    """
 
     def __init__(self, inward: int, out: int, stride: int, changes: bool, norm: Norm, scale: float) -> None:
         super().__init__()

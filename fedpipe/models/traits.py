@@ -14,6 +14,7 @@ def drawing(chain: Chain) -> list[str]:
     """Units whose training forward draws random numbers by itself (dropout and its kin), found by running them."""
     found: list[str] = []
     zeros = {n: torch.zeros_like(t, device="cpu") for n, t in [*chain.named_parameters(), *chain.named_buffers()]}
+    zeros |= {f"{n}.keep": torch.ones(2, *d.shape, dtype=torch.bool) for n, d in chain.noise.layers.items()}
     dtype = next((t.dtype for t in zeros.values() if t.is_floating_point()), torch.float32)
     x, mode = torch.zeros(2, *chain.shape, dtype=dtype), chain.training
     chain.train()
@@ -57,9 +58,38 @@ def check(chain: Chain, policy: Policy) -> None:
 
 def batch_coupled(chain: Chain) -> bool:
     """Whether rows of a batch influence each other: batch normalisation with statistics of the batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in chain.modules())
+    return coupled(chain)
+
+
+def coupled(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
 def has_conv(chain: Chain) -> bool:
     """Whether the chain convolves: batching models of many clients then becomes a grouped convolution."""
     return any(isinstance(m, nn.modules.conv._ConvNd) for m in chain.modules())
+
+
+@torch.no_grad()
+def channels_last(chain: Chain) -> bool:
+    """Whether the chain convolves and runs on images that lie channels last (a user's `view` may not).
+
+    Not where a 1x1 filter reads few channels: should it stride, oneDNN 3.12's gradient for AVX2 writes past its memory.
+    Nor with group norms: torch 2.13 crashes in their backward where the gradient of the images is not asked for.
+    """
+    if any(isinstance(m, nn.GroupNorm) for m in chain.modules()):
+        return False
+    convs = [m for m in chain.modules() if isinstance(m, nn.Conv2d)]
+    if not convs or any(c.kernel_size == (1, 1) and c.in_channels < 8 for c in convs):
+        return False
+    like = next(chain.parameters())
+    x = torch.zeros(2, *chain.shape, dtype=like.dtype, device=like.device)
+    mode = chain.training
+    try:
+        with seeded(0):
+            chain.eval()(x.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return False
+    finally:
+        chain.train(mode)
+    return True

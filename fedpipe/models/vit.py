@@ -39,7 +39,8 @@ class Layer(nn.Module):
 
     In units of x, 16 are saved for the backward: x, norm1, qkv (3), attention, y, norm2, fc1 (4), gelu (4). Level 1
     builds both norms and the GELU again, and saves 10; level 2 fc1 too, by its product, and saves 6. backend: of the
-    norms, at every level; a study's choice comes with a level, so without one they are torch's.
+    norms, at every level; a study's choice comes with a level, so without one they are torch's. All layers give as many
+    tokens, so the link drops none and there is nothing to leave out (`exits`).
     """
 
     levels = (0, 1, 2)

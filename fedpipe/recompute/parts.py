@@ -42,19 +42,28 @@ class Conv:
 
 @dataclass(frozen=True)
 class ConvAndShortcut:
-    """A 3x3 convolution, and z itself or a 1x1 convolution of it."""
+    """A 3x3 convolution, and z itself or a 1x1 convolution of it, or of these every k-th pixel."""
 
     stride: int = 1
+    every: int = 1
     outputs: int = 2
 
     def forward(self, z: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-        short = F.conv2d(z, own[1], None, self.stride) if len(own) == 2 else z
+        if len(own) == 2:
+            short = F.conv2d(z, own[1], None, self.stride * self.every)
+        else:  # a copy: a view would keep all of z
+            short = z[..., :: self.every, :: self.every].clone() if self.every > 1 else z
         return F.conv2d(z, own[0], None, self.stride, 1), short
 
     def backward(self, grads: tuple[Tensor, ...], needs: Needs, z: Tensor, *own: Tensor) -> tuple[Tensor | None, ...]:
         gz, gw = _conv_backward(grads[0], z, own[0], self.stride, needs[:2])
-        short, *rest = (grads[1],) if len(own) == 1 else _conv_backward(grads[1], z, own[1], self.stride, needs[::2])
-        return None if gz is None or short is None else gz + short, gw, *rest
+        if len(own) == 2:
+            short, gw1 = _conv_backward(grads[1], z, own[1], self.stride * self.every, needs[::2])
+            return None if gz is None or short is None else gz + short, gw, gw1
+        if gz is None or self.every == 1:
+            return None if gz is None else gz + grads[1], gw
+        gz[..., :: self.every, :: self.every] += grads[1]
+        return gz, gw
 
 
 @dataclass(frozen=True)

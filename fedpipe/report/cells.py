@@ -123,6 +123,7 @@ def present(table: pa.Table, observed: pa.Table | None = None) -> Shown:
             cells["Largest excess (%)"] = percent(excess, 1) if excess else amount(excess)
             cells["Measured / predicted"] = "" if ratio is None else f"{ratio:.3f}"
             cells["Time (s)"] = "" if seconds is None else f"{seconds:.1f}"
+            cells["of it capturing steps (s)"] = "" if o.get("captured") is None else f"{o['captured']:.1f}"
             cells["Time to target (s)"] = "" if until is None else f"{until:.1f}"
     headers = [h for h in rows[0] if h not in OPTIONAL or any(r[h] not in ("", OPTIONAL[h]) for r in rows)]
     return Shown(headers, [[r[h] for h in headers] for r in rows])

@@ -40,9 +40,17 @@ class RunResults:
     @cached_property
     def seconds(self) -> float | None:
         """Wall time of all rounds that trained (observation)."""
+        return self._time("seconds")
+
+    @cached_property
+    def captured(self) -> float | None:
+        """What of it went into capturing and compiling steps (observation)."""
+        return self._time("captured")
+
+    def _time(self, column: str) -> float | None:
         found = (self.folder / "rounds").glob("*.obs.parquet")
         rows = _series(sorted(f for f in found if not f.name.endswith(".peaks.obs.parquet")))
-        return sum(r["seconds"] for r in rows) if rows else None
+        return sum(r[column] for r in rows) if rows else None
 
     @property
     def length(self) -> int:

@@ -89,7 +89,7 @@ def _planned(run: RunResults) -> Row:
 
 def observed(run: RunResults) -> Row:
     """One row per run of what was measured: largest peak (bytes), largest measured / predicted, largest share of a
-    budget above it (0: within all), seconds (all, and to the target where it was reached)."""
+    budget above it (0: within all), seconds (all, those of capturing steps, and to the target where it was reached)."""
     measured = [p for p in run.peaks if p["measured"] is not None]
     judged = [p["measured"] / p["budget"] - 1 for p in measured if p["budget"] is not None and run.limited]
     return {
@@ -99,6 +99,7 @@ def observed(run: RunResults) -> Row:
         "peak_ratio": max((p["measured"] / p["predicted"] for p in measured if p["predicted"]), default=None),
         "peak_excess": max(0.0, *judged) if judged else None,
         "seconds": run.seconds,
+        "captured": run.captured,
         "seconds_to_target": run.seconds if run.reached else None,
     }
 

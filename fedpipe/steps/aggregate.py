@@ -5,10 +5,16 @@ from typing import Any
 
 from fedpipe import io
 from fedpipe.errors import FedpipeError
+from fedpipe.messages import Filed
 from fedpipe.opened import Opened
+from fedpipe.packed import Packed
 from fedpipe.rounds import Rows, Sent
 from fedpipe.states import read_world
 from fedpipe.studyfile import load_run
+
+Brought = dict[
+    tuple[int, str], list[tuple[dict[str, Any], Packed, Packed]]
+]  # of (client, part): metrics, where it lies
 
 
 def run(
@@ -23,11 +29,12 @@ def run(
     opened = Opened(spec, data, partition, plans, route)
     world, t = read_world(state, own, opened.rt.state0)
     points = opened.evaluated(0, world) if t == 0 else []
-    metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]] = {}
+    brought: Brought = {}
     for folder in trained:
+        update, own_ = Packed(folder / "update.pack"), Packed(folder / "own.pack")
         for m in io.read_table(folder / "metrics.arrow").to_pylist():
-            metrics.setdefault((m["client"], m["part"]), []).append((m, folder))
-    sent = [_sent(r, t, metrics) for g in opened.groups(t, world) for r in g]
+            brought.setdefault((m["client"], m["part"]), []).append((m, update, own_))
+    sent = [_sent(r, t, brought) for g in opened.groups(t, world) for r in g]
     opened.log(sent)
     world = opened.rounds.mix(t, world, sent)
     points += opened.evaluated(t + 1, world)
@@ -36,16 +43,17 @@ def run(
     opened.write_metrics(rounds, curve, times, peaks, points, t)
 
 
-def _sent(row: dict[str, Any], t: int, metrics: dict[tuple[int, str], list[tuple[dict[str, Any], Path]]]) -> Sent:
-    found = metrics.get((row["client"], row["part"]))
+def _sent(row: dict[str, Any], t: int, brought: Brought) -> Sent:
+    found = brought.get((row["client"], row["part"]))
     if not found:
         raise FedpipeError(f"aggregate: no job folder holds client {row['client']} of round {t}")
-    if len({str(folder) for _, folder in found}) > 1:
-        raise FedpipeError(f"aggregate: {found[0][1]} and {found[-1][1]} both hold client {row['client']} of round {t}")
-    rows: Rows = [m for m, _ in found]
-    name, folder = f"{row['client']}{row['part']}@{t}.safetensors", found[0][1]
+    _, update, own = found[0]
+    if other := next((u for _, u, _ in found if u is not update), None):
+        both = f"{update.path.parent} and {other.path.parent} both"
+        raise FedpipeError(f"aggregate: {both} hold client {row['client']} of round {t}")
+    rows: Rows = [m for m, _, _ in found]
+    name = f"{row['client']}{row['part']}"
     if rows[0]["failed"]:
         return Sent(row, None, {}, rows)
-    kept, update = folder / "own" / name, folder / "update" / name
-    io.read_meta(update)  # a damaged update is named by its file
-    return Sent(row, update.read_bytes(), io.read_tensors(kept)[0] if kept.is_file() else {}, rows)
+    kept = io.decode(own.image(name), own.said(name))[0] if name in own.images else {}
+    return Sent(row, Filed(update.image(name), update.said(name)), kept, rows)

@@ -42,7 +42,7 @@ def run(
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
     people = _people(clients, rt.predictor.remember(io.read_table(prediction)))
-    chosen = _Plans(rt)
+    chosen = _Plans(rt, people)
     stages = [chosen.stages(p) for p in people]
     given = ((p["client"], pid, p["budget"]) for p, mine in zip(people, stages, strict=True) for _, pid in mine)
     over = plans_over(given, chosen.parts, spec.margin)
@@ -98,8 +98,11 @@ def _nobody(rt: Runtime, people: list[dict[str, Any]], chosen: "_Plans") -> str:
 class _Plans:
     """Distinct plans in order of first use, by the row they were made from."""
 
-    def __init__(self, rt: Runtime):
+    def __init__(self, rt: Runtime, people: list[dict[str, Any]]):
         self.rt = rt
+        self.largest: dict[int | None, int] = {}  # samples of the largest client, by budget
+        for row in map(self.row, people):
+            self.largest[row.budget] = max(row.samples, self.largest.get(row.budget, 0))
         self.plans: dict[str, Plan] = {}
         self.names: dict[str, str] = {}
         self.needs: dict[tuple[Row, int], int | None] = {}
@@ -136,7 +139,7 @@ class _Plans:
 
     def _make(self, row: Row, round: int) -> str | None:
         if (row, round) not in self.made:
-            plan, needs = make_plan(self.rt, row, round)
+            plan, needs = make_plan(self.rt, row, round, self.largest[row.budget])
             pid = self.names.setdefault(key(plan), f"p{len(self.names)}") if plan else None
             if plan and pid:
                 self.plans[pid] = plan

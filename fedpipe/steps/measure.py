@@ -13,8 +13,9 @@ from fedpipe.config import Run
 from fedpipe.context import with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
-from fedpipe.memory import trial
+from fedpipe.memory import limit, trial
 from fedpipe.memory.enforce import row_of
+from fedpipe.memory.keep import keeping
 from fedpipe.memory.measure import BESIDE
 from fedpipe.memory.parts import KINDS, mib
 from fedpipe.memory.predictor import candidate
@@ -43,14 +44,15 @@ def run(run: Path, data: Path, *, prediction: Path, tried: Path) -> None:
     """
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
-    limits = [limit for limit, n in spec.budgets.limits(spec.data.partition.clients) if n]
-    needs = widths_bytes(rt, sorted({w for limit in limits for w in limit.widths}))
-    given: list[tuple[int | None, float | None]] = [*sorted({limit.resolve(needs) for limit in limits})]
+    limits = [b for b, n in spec.budgets.limits(spec.data.partition.clients) if n]
+    needs = widths_bytes(rt, sorted({w for b in limits for w in b.widths}))
+    given: list[tuple[int | None, float | None]] = [*sorted({b.resolve(needs) for b in limits})]
     observed = []
     for budget, ratio in given or [(None, None)]:
         row = row_of({"budget": budget, "ratio": ratio}, spec.local.batch, spec.budget)
         plan, _ = make_plan(rt, row, 0)
         if plan is not None:
+            _stacks(rt, plan)
             observed.append(_try(rt, spec, plan, budget))
     rows: list[dict[str, Any]] = [
         {"kind": "candidate", "candidate": name, "peak": parts.peak, **asdict(parts)}
@@ -67,13 +69,27 @@ def run(run: Path, data: Path, *, prediction: Path, tried: Path) -> None:
     io.write_table(prediction, rows, made, SCHEMA)
 
 
-def make_plan(rt: Runtime, row: Row, round: int) -> tuple[Plan | None, int | None]:
-    """The method's plan for a row (by default the whole model, if it fits), and without one the bytes it would need."""
+def _stacks(rt: Runtime, plan: Plan) -> None:
+    """Raise FedpipeError when a stack of a plan's clients needs more memory than the device has."""
+    size = min(rt.stack_size, rt.run.cohort)
+    needs, has = size * max(rt.predictor.peaks(plan)), limit.total(rt.device)
+    if size > 1 and needs > has:
+        raise FedpipeError(
+            f"measure: a stack of {size} clients of method {rt.method.name} needs {mib(needs)}, this device has "
+            f"{mib(has)}; lower stack, the number of clients that are trained as one"
+        )
+
+
+def make_plan(rt: Runtime, row: Row, round: int, largest: int = 0) -> tuple[Plan | None, int | None]:
+    """The method's plan for a row (by default the whole model, if it fits), and without one the bytes it would need.
+
+    largest: samples of the largest client with this row's budget; 0: the row's own.
+    """
     ctx = rt.plan_ctx(row, round if rt.method.by_round else None)
     plan = rt.method.plan(ctx) if rt.method.plan else ctx.if_fits(Plan())
     if plan is None:
         return None, min(ctx.refused, default=None)
-    return rt.levelled(plan), None
+    return keeping(rt, rt.levelled(plan), row, max(largest, row.samples)), None
 
 
 def widths_bytes(rt: Runtime, widths: list[float]) -> dict[float, int]:

@@ -27,8 +27,7 @@ def run(
         for t in range(first, last):
             with opened.timed(t) if world.watch.stopped is None else nullcontext():
                 world = opened.round(t, world)
-            keep = opened.needed(t + 1)
-            world.states = {n: s for n, s in world.states.items() if n in keep}
+            world.states = opened.still_needed(world.states, t + 1)
             points += opened.evaluated(t + 1, world)
             progress.advance(t + 1, points[-1]["accuracy"] if points else None)
     opened.write_world(next_state, next_own, world, last)

@@ -104,7 +104,7 @@ def observations(runs: list[RunResults]) -> pa.Table:
     for rows in _by_label([observed(r) for r in runs]):
         row = {"label": rows[0]["label"], "seeds": len(rows)}
         row |= {c: _largest([r[c] for r in rows]) for c in ("measured_peak", "peak_ratio", "peak_excess")}
-        seconds = ("seconds", "seconds_to_target")
+        seconds = ("seconds", "captured", "seconds_to_target")
         out.append({**row, **{c: interval(list(_known(rows, c).values()))["mean"] for c in seconds}})
     return _typed(out)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedpipe import io
+from fedpipe import io, packed
 from fedpipe.errors import FedpipeError
 from fedpipe.opened import METRICS, PEAKS, TIMES, Opened
 from fedpipe.states import read_world
@@ -13,7 +13,7 @@ def run(
     run: Path, data: Path, partition: Path, plans: Path, route: Path, state: Path, own: Path, *, out: Path,
     job: int = 0, jobs: int = 1,
 ) -> None:  # fmt: skip
-    """Write the folder of what each client sends (`update/`) and keeps (`own/`), and `metrics.arrow`.
+    """Write the folder of what each client sends (`update.pack`) and keeps (`own.pack`), and `metrics.arrow`.
 
     A job without a group writes an empty table. Raises FedpipeError when a client fails and the study does not drop it.
     """
@@ -26,12 +26,10 @@ def run(
         sent = opened.rounds.train(t, world, groups[job::jobs])
     opened.log(sent)
     with io.new_folder(out) as folder:
-        for s in sent:
-            name = f"{s.row['client']}{s.row['part']}@{t}.safetensors"
-            if s.image is not None:
-                io.write_bytes(folder / "update" / name, s.image)
-                if s.own:
-                    io.write_tensors(folder / "own" / name, s.own, {"client": s.row["client"], "round": t})
+        arrived = [(f"{s.row['client']}{s.row['part']}", s) for s in sent if s.message]
+        packed.write(folder / "update.pack", ((name, s.message.image) for name, s in arrived if s.message))
+        kept = ((name, io.encode(s.own, {"client": s.row["client"], "round": t})) for name, s in arrived if s.own)
+        packed.write(folder / "own.pack", kept)
         io.write_table(folder / "times.obs.parquet", opened.seconds, opened.meta, TIMES)
         io.write_table(folder / "peaks.obs.parquet", opened.rounds.peaks, opened.meta, PEAKS)
         holds = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())

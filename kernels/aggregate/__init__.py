@@ -11,16 +11,19 @@ from torch import Tensor
 
 from fedpipe.kernels.aggregate import reference
 from fedpipe.kernels.aggregate.reference import Part, Window, held, region
+from fedpipe.kernels.aggregate.whole import Whole
 from fedpipe.kernels.common import Backend, chosen, wanted, words
 
-__all__ = ["Fold", "Part", "Window", "bytes_moved", "held", "region", "weighted_mean"]
+__all__ = ["Fold", "Part", "Whole", "Window", "bytes_moved", "held", "region", "weighted_mean"]
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Fold:
-    """The mean of one tensor `old`, any shape: `add` a `Part` per client, then `result`."""
+    """The mean of one tensor `old`, any shape: `add` a `Part` per client, then `result`.
 
-    def __init__(self, old: Tensor, backend: Backend = "auto"):
+    sums: on a CPU, of values and weights of clients that are folded already, float64, which it goes on from."""
+
+    def __init__(self, old: Tensor, backend: Backend = "auto", sums: tuple[Tensor, Tensor] | None = None):
         wanted("old", old, FLOATS)
         self.old, self.clients = old, 0
         if chosen(backend, old):
@@ -28,7 +31,7 @@ class Fold:
 
             self.fold: reference.Fold | kernel.Fold = kernel.Fold(old)
         else:
-            self.fold = reference.Fold(old)
+            self.fold = reference.Fold(old, sums)
 
     def add(self, part: Part) -> None:
         """Raises ValueError, before anything is folded, for a weight that is no positive number, windows that do not

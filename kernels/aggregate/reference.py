@@ -48,10 +48,12 @@ class Fold:
     three times as fast as one client after another, and the same bits.
     """
 
-    def __init__(self, old: Tensor):
+    def __init__(self, old: Tensor, sums: tuple[Tensor, Tensor] | None = None):
         self.old, self.waiting = old, list[Part]()
-        self.total = torch.zeros(old.shape, dtype=torch.float64, device=old.device)
-        self.weight = torch.zeros((), dtype=torch.float64, device=old.device)  # of every entry, until one differs
+        self.total, self.weight = sums or (
+            torch.zeros(old.shape, dtype=torch.float64, device=old.device),
+            torch.zeros((), dtype=torch.float64, device=old.device),  # of every entry, until one differs
+        )
 
     def add(self, part: Part) -> None:
         """Take one client's part."""
