@@ -21,6 +21,7 @@ from fedpipe.lower import Sgd, lower
 from fedpipe.straight import Compiled, Stage, straight
 from fedpipe.types import Batch, Tensors
 
+PATIENCE = 32  # steps
 KEYED = ("chain", "phase")  # of a context: what every program is kept by
 
 
@@ -84,7 +85,14 @@ class Programs:
 
     def __init__(self, compiled: bool = False) -> None:
         self.compiled, self._captured = compiled, 0.0
+        self._waits: dict[Hashable, int] = {}
         self.known: dict[Hashable, list[Program | None]] = {}
+
+    def due(self, key: Hashable, step: LocalStep, at: Tensors, batch: Batch) -> bool:
+        """Whether a step has run so often that writing it down pays: jobs of a round may end before."""
+        whole = (key, step.live, step.stacked, _signature(batch))
+        self._waits[whole] = self._waits.get(whole, 0) + 1
+        return self.compiled or self._waits[whole] > PATIENCE
 
     def find(self, key: Hashable, step: LocalStep, at: Tensors, buffers: Tensors, batch: Batch, ctx: Ctx,
              sgd: Sgd | None) -> Program | None:  # fmt: skip

@@ -74,6 +74,7 @@ class Loop:
     kernel: Backend = "auto"  # of a fused step
     programs: Programs = field(default_factory=Programs)
     layout: Callable[[Chain], torch.memory_format] = lambda chain: torch.contiguous_format  # of images and filters
+    patient: bool = False  # run the first steps as they are where that changes no bit: no memory is promised then
 
     def train(self, clients: list[Client], plan: Plan) -> list[Result]:
         """Train clients of one plan, stacked when there is more than one. Raises FedpipeError on a bad plan."""
@@ -90,7 +91,9 @@ class Loop:
                 slots = {f"optimizer/{n}/{k}": v for n, s in carried.items() for k, v in s.items()}
                 held = at | {n: v for n, v in slots.items() if isinstance(v, Tensor)} | kept.sizes()
                 with self.probe(index, held):
-                    run = PhaseRun(self.method, chain, self.local, clients, phase, index, self.kernel, layout)
+                    run = PhaseRun(
+                        self.method, chain, self.local, clients, phase, index, self.kernel, layout, self.patient
+                    )
                     at, carried, losses = run.run(at, carried, kept, self.programs)
                 after = plan.phases[index + 1].live if phase.carry and index + 1 < len(plan.phases) else ()
                 carried = {n: s for n, s in carried.items() if matches(n, after)}

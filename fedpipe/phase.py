@@ -12,6 +12,7 @@ from fedpipe.config import Local
 from fedpipe.errors import FedpipeError
 from fedpipe.kernels.common import Backend
 from fedpipe.localstep import LocalStep, Outcome
+from fedpipe.lower import LARGE
 from fedpipe.models.dropout import PREFIX, aside
 from fedpipe.mover import Mover, Slots
 from fedpipe.prefix import Kept, laid
@@ -29,9 +30,10 @@ class PhaseRun:
     """
 
     def __init__(self, method: Method, chain: "Chain", local: Local, clients: "list[Client]", phase: Phase,
-                 index: int, kernel: Backend, layout: torch.memory_format):  # fmt: skip
+                 index: int, kernel: Backend, layout: torch.memory_format, patient: bool):  # fmt: skip
         self.method, self.local, self.clients, self.phase = method, local, clients, phase
         self.stacked, self.index, self.kernel, self.layout = len(clients) > 1, index, kernel, layout
+        self.patient = patient
         self.rows = [c.batches(phase, index) for c in clients]
         self.counts = [len(r) for r in self.rows]
         self.sizes = [max(len(r[min(i, len(r) - 1)]) for r in self.rows) for i in range(max(self.counts))]
@@ -54,6 +56,8 @@ class PhaseRun:
         mover = Mover(who, self.local.optimizer, self.phase.step, self.ctx.lr, leaves, carried, at, self.stacked,
                       self.kernel)  # fmt: skip
         step = LocalStep(self.method, tuple(live), self.stacked)
+        # a large weight moves otherwise in a captured step
+        self.patient &= mover.sgd is None or all(t.nbytes < LARGE for t in leaves.values())
         first = last = torch.zeros(())
         for i in range(max(self.counts)):
             at, value = self._step(i, at, step, mover)
@@ -79,6 +83,8 @@ class PhaseRun:
         known = len(at), *(t.shape for t in batch.values())
         if known not in self.found:
             key = (self.phase, self.chain.key or self.chain)
+            if self.patient and not self.programs.due(key, step, at, batch):
+                return step(at, batch, self.ctx)
             self.found[known] = self.programs.find(key, step, at, mover.buffers, batch, self.ctx, mover.sgd)
         program = self.found[known]
         if program is None:

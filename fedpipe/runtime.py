@@ -174,6 +174,7 @@ class Runtime:
             self.run.kernel("step"),
             self.programs,
             self.layout,
+            patient=probe is None and not self.run.budgets.limits(self.run.data.partition.clients),
         )
 
     def client(self, ctx: Ctx, at: Tensors, rows: Tensor) -> Client:

@@ -11,6 +11,7 @@ from engine import IID, Game, distance, equal, make_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpipe import capture
 from fedpipe.capture import PROGRAMS, NotCaptured, Programs, trace
 from fedpipe.config import Study
 from fedpipe.data.dataset import Dataset
@@ -44,13 +45,15 @@ def runtime(model: Any, method: str = "fedavg", size: int = SIDE, **keys: Any) -
     return Runtime(study.runs()[0], data)
 
 
-def train(rt: Runtime, plan: Plan | None = None, clients: tuple[int, ...] = (0,)) -> list[dict[str, Tensor]]:
+def train(
+    rt: Runtime, plan: Plan | None = None, clients: tuple[int, ...] = (0,), patient: bool = False
+) -> list[dict[str, Tensor]]:
     plan = plan or rt.levelled(Plan())
     rows = [torch.arange(30) + 30 * c for c in clients]
     made = [
         rt.client(rt.ctx(0, c, samples=30), rt.received(plan, rt.state0), r) for c, r in zip(clients, rows, strict=True)
     ]
-    return [r.sent for r in rt.loop().train(made, plan)]
+    return [r.sent for r in replace(rt.loop(), patient=patient).train(made, plan)]
 
 
 def plain(rt: Runtime, dtype: torch.dtype, drop: bool = False) -> dict[str, Tensor]:
@@ -115,6 +118,21 @@ def test_a_step_that_looks_at_values_is_not_captured_and_still_right(root: Path,
     assert distance(odd.state, Game(make_run("fedavg", stack=1), root).play(1).state) > 1e-4
     with pytest.raises(NotCaptured, match="a tensor of its own"):
         trace(lambda x: [x + torch.from_numpy(np.ones(3, np.float32))], [torch.zeros(3)])
+
+
+@pytest.mark.parametrize("stack", [1, 4])
+@pytest.mark.parametrize("model", ["preresnet20", "cnn", {"name": "mlp"}, {"name": "vit_tiny", "depth": 2, "dim": 48}])
+def test_a_step_that_is_not_captured_has_the_same_bits(model: Any, stack: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no weight is large: so the first steps of a process may run as they are."""
+    sgd = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}, "epochs": 2}
+    clients = (0, 1, 2)[:stack]
+    fast = train(runtime(model, local=sgd, stack=stack), clients=clients)
+    monkeypatch.setattr(capture, "PATIENCE", 3)
+    part = train(rt := runtime(model, local=sgd, stack=stack), clients=clients, patient=True)
+    assert max(rt.programs._waits.values()) > 3
+    monkeypatch.setattr(Programs, "find", lambda *what: None)
+    slow = train(runtime(model, local=sgd, stack=stack), clients=clients)
+    assert all(equal(a, b) and equal(a, c) for a, b, c in zip(slow, fast, part, strict=True))
 
 
 def test_facts_of_the_round_that_a_step_reads_are_not_those_of_another(root: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import meter
 import summary
 from environments import HERE
 from job import CLASSES, COHORT
-from simulators import ROUNDS, SIMULATORS, Task, environment, prepare
+from simulators import FEWER, ROUNDS, SIMULATORS, Task, environment, prepare
 
 
 def once(name: str, job: str, rounds: int, data: Path, device: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def first_round(name: str, job: str, data: Path, device: str) -> float:
 
 def compared(name: str, job: str, data: Path, device: str) -> dict[str, Any]:
     """A short and a long run, whose difference is what rounds cost, and the time to the end of a first round."""
-    short, long = (once(name, job, rounds, data, device) for rounds in ROUNDS[job])
+    short, long = (once(name, job, rounds, data, device) for rounds in FEWER.get((name, job), ROUNDS[job]))
     if not long["loss"] < math.log(CLASSES):
         sys.exit(f"{name}, {job}: loss {long['loss']} after {long['rounds']} rounds is no better than a guess")
     more = long["rounds"] - short["rounds"]

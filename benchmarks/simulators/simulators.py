@@ -14,6 +14,7 @@ import environments
 from environments import HERE, ROOT
 
 ROUNDS = {"cnn": (20, 60), "tiny": (500, 1500)}  # a short and a long run: whole segments, so that each costs its share
+FEWER = {("flower", "tiny"): (50, 250)}  # where a round costs fifty times as much
 SEGMENT = {"cnn": 20, "tiny": 500}  # rounds in a segment; 20 is the default
 
 

@@ -21,7 +21,7 @@ STACK: dict[str, tuple[tuple[str, ...], str]] = {
     "parameters, method's state": (("parameters", "state"), "#3F4450"),
     "optimizer": (("optimizer",), "#7C8494"),
     "gradients": (("gradients",), "#B3B9C5"),
-    "activations": (("activations",), "#2A9D8F"),
+    "activations": (("activations", "features"), "#2A9D8F"),
     "temporaries, workspace": (("temporaries", "workspace"), "#A9DCD3"),
 }
 _HATCH: dict[str, Any] = {"facecolor": "white", "edgecolor": "#B9BDC4", "hatch": "////", "linewidth": 0.8}
