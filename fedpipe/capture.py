@@ -88,7 +88,7 @@ class Programs:
         self._waits: dict[Hashable, int] = {}
         self.known: dict[Hashable, list[Program | None]] = {}
 
-    def due(self, key: Hashable, step: LocalStep, at: Tensors, batch: Batch) -> bool:
+    def due(self, key: Hashable, step: LocalStep, batch: Batch) -> bool:
         """Whether a step has run so often that writing it down pays: jobs of a round may end before."""
         whole = (key, step.live, step.stacked, _signature(batch))
         self._waits[whole] = self._waits.get(whole, 0) + 1

@@ -85,7 +85,7 @@ class Loop:
         del ats
         phases: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in clients]
         carried: Slots = {}
-        kept = Kept(chain, layout, self.local.batches == "fixed")
+        kept = Kept(chain, layout)
         with seeded(clients[0].seed):
             for index, phase in enumerate(plan.phases):
                 slots = {f"optimizer/{n}/{k}": v for n, s in carried.items() for k, v in s.items()}

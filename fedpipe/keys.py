@@ -77,8 +77,8 @@ class Local(Typed):
     )
     prefix: Literal["keep", "run"] = Field(
         "keep",
-        description="keep: the output of units that are frozen is made once per phase, where that is the same"
-        " and the budget holds it; run: it is made for every batch",
+        description="keep: with fixed batches the output of units that are frozen is made once per phase, where"
+        " the budget holds it; run: it is made for every batch",
     )
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
     levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(

@@ -83,7 +83,7 @@ class PhaseRun:
         known = len(at), *(t.shape for t in batch.values())
         if known not in self.found:
             key = (self.phase, self.chain.key or self.chain)
-            if self.patient and not self.programs.due(key, step, at, batch):
+            if self.patient and not self.programs.due(key, step, batch):
                 return step(at, batch, self.ctx)
             self.found[known] = self.programs.find(key, step, at, mover.buffers, batch, self.ctx, mover.sgd)
         program = self.found[known]

@@ -1,6 +1,7 @@
 """A run opened for work: its method, models, data and state 0, and the training loop made from them."""
 
 import math
+from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -47,7 +48,7 @@ class Runtime:
         self.programs = programs(run.compile)
         self.predictor, self.chooser = Predictor(self), Chooser(self)
         self._built: dict[Settings, models.Chain] = {}
-        self._layouts: dict[str, torch.memory_format] = {}
+        self._layouts: dict[Hashable, torch.memory_format] = {}
         self._weights: dict[tuple[int, int], Tensor] = {}
         self._checked: set[tuple[Settings, Policy]] = set()
 
@@ -62,7 +63,7 @@ class Runtime:
             chain = models.load(self.run.model, self.data.shape, self.data.classes, **dict(settings))
         run, data = self.run, self.data
         what = canonical([run.model.model_dump(mode="json"), settings, data.shape, data.classes, run.precision])
-        chain.key = f"{what} on {self.device}"
+        chain.key = what, str(self.device), models.builder(run.model.name)
         return chain.to(dtype=self.dtype, device=self.device)
 
     def chain(self, plan: Plan) -> models.Chain:

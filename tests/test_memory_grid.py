@@ -65,13 +65,9 @@ def net(shape, classes):
 """
 
 
-# A strided convolution in groups that runs again makes one copy less of its gradient than is predicted.
-AGAIN = {"network": "./mine.py:net", "recompute": "again [('split', 'tall')]"}
-
-
 def within_the_bars(found: list[dict[str, Any]]) -> None:
     errors = [abs(r["error"]) for r in found]
-    over = [r for r in found if abs(r["error"]) > WORST and not (AGAIN.items() <= r.items() and 0 < r["error"] < 0.15)]
+    over = [r for r in found if abs(r["error"]) > WORST]
     assert not over
     assert median(errors) <= MEDIAN
 

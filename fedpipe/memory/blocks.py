@@ -54,3 +54,21 @@ def columns(x: Tensor, w: Tensor, out: Tensor, groups: int) -> int:
 def beyond(x: Tensor, w: Tensor) -> bool:
     """Whether images are smaller than the filters."""
     return any(a < b for a, b in zip(x.shape[2:], w.shape[2:], strict=True))
+
+
+def grouped_backward(x: Tensor, w: Tensor, grad: Tensor, strided: bool, groups: int, mask: list[bool]) -> int:
+    """Of a convolution in groups, channels first: blocks are no wider than a group, and groups of less than half a
+    block are read as they are."""
+    inward, outward = w.shape[1], w.shape[0] // groups
+    few = min(inward, outward)
+    block = BLOCK if few % BLOCK == 0 else HALF
+    weight = groups * fill(outward, block) * fill(inward, block) * prod(w.shape[2:]) * w.element_size()
+    kept, to_x, to_w = x.nbytes if mask[0] else 0, 0, 0
+    if few < HALF:
+        return 2 * kept + w.nbytes + (grad.nbytes // len(x) if not mask[0] else 0)
+    if mask[0]:
+        made = blocked(x, block)
+        to_x = (2 if outward <= BLOCK else 3) * kept if strided else blocked(grad, block) + weight + made
+    if mask[1]:
+        to_w = kept + weight + max(blocked(x, block) + blocked(grad, block), w.nbytes)
+    return max(to_x, to_w)

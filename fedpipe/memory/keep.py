@@ -19,12 +19,14 @@ def keeping(rt: "Runtime", plan: Plan, row: Row, samples: int) -> Plan:
 
     samples: for how many there must be room. Clients with equal budgets are to have one plan, so it is not the row's.
     """
-    if rt.run.local.prefix == "run" or rt.method.loss is not None:
+    local, method = rt.run.local, rt.method
+    own = method.loss or method.direction or method.draw  # which may read images
+    if local.prefix == "run" or local.batches != "fixed" or own:
         return plan
     peaks, phases, before = rt.predictor.peaks(plan), list[Phase](), 0
     limit = None if row.budget is None else without_margin(row.budget, rt.run.margin)
     for phase, peak in zip(plan.phases, peaks, strict=True):
-        passes = phase.epochs or rt.run.local.epochs if phase.steps is None else phase.steps
+        passes = phase.epochs or local.epochs if phase.steps is None else phase.steps
         since = _since(rt, plan, phase) if passes > 1 or len(plan.phases) > 1 else None
         kept = replace(phase, since=since, kept=samples) if since else phase
         size = rt.predictor.kept_bytes(plan, kept)
@@ -46,6 +48,5 @@ def _since(rt: "Runtime", plan: Plan, phase: Phase) -> str | None:
     if not any(True for u in units for _ in u.parameters()):
         return None  # nothing to run
     own = any(n.split(".")[0] in frozen for n in (*chain.buffer_names, *chain.noise.layers, *traits.drawing(chain)))
-    coupled = any(traits.coupled(u) for u in units) and rt.run.local.batches != "fixed"
     crossing = any(a in frozen and b not in frozen for a, b in phase.again)
-    return None if own or coupled or crossing else frozen[-1]
+    return None if own or crossing else frozen[-1]

@@ -14,7 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpipe.memory.blocks import BLOCK, HALF, beyond, blocked, blocked_weight, columns, depthwise, fill, gathered
+from fedpipe.memory.blocks import (
+    BLOCK,
+    HALF,
+    beyond,
+    blocked,
+    blocked_weight,
+    columns,
+    depthwise,
+    fill,
+    gathered,
+    grouped_backward,
+)
 
 aten = torch.ops.aten
 STRIDED = 53_272  # bytes of scratch seen at most for the gradient of a strided convolution's input
@@ -169,6 +180,8 @@ def _onednn_forward(x: Tensor, w: Tensor, out: Tensor, geometry: list[Any], grou
 
 
 def _onednn_backward(x: Tensor, w: Tensor, grad: Tensor, geometry: list[Any], groups: int, mask: list[bool]) -> int:
+    if groups > 1 and not depthwise(w, groups):
+        return grouped_backward(x, w, grad, max(geometry[0]) > 1, groups, mask)
     weight, kept = blocked_weight(w, groups), x.nbytes if mask[0] else 0
     to_x = to_w = 0
     if mask[0]:

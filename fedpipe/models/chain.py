@@ -4,7 +4,7 @@ every k-th pixel of its output, as if taken of all: before a link that keeps no 
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Chain(nn.Module):
                 )
             self.add_module(name, module)
         self.noise = own_dropout(self)
-        self.key = ""  # what it was built from: chains of equal keys do the same
+        self.key: Hashable = None  # what it was built from: chains of equal keys do the same
         self.tensor_names = tuple(self.state_dict())
         self.buffer_names = tuple(n for n, _ in self.named_buffers() if n in self.tensor_names)
         self.shapes = self._probe()
@@ -148,7 +148,7 @@ class Chain(nn.Module):
         return link.link(x, self.features, unit)
 
 
-def _builder(name: str) -> Callable[..., Any]:
+def builder(name: str) -> Callable[..., Any]:
     if name in REGISTRY:
         module, _, function = REGISTRY[name].partition(":")
         return getattr(importlib.import_module(module), function)
@@ -167,7 +167,7 @@ def load(spec: ModelSpec, shape: Shape, classes: int, **extra: Any) -> Chain:
     scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
     Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
     """
-    build, settings = _builder(spec.name), {**(spec.model_extra or {}), **extra}
+    build, settings = builder(spec.name), {**(spec.model_extra or {}), **extra}
     parameters = inspect.signature(build).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in settings:

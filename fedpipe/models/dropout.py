@@ -14,8 +14,8 @@ PREFIX = "tmp/noise/"  # of a mask's working name
 class Dropout(nn.Module):
     """Zeroes each entry with probability p in training and scales the others by 1 / (1 - p).
 
-    `keep` is the mask of a batch, bool and of its shape, given as a buffer for the call; without one it is drawn from
-    torch's global generator. p is taken as a multiple of 1/256, or of 1/65536 where it is no such.
+    `keep` is the mask of a batch, bool and of its shape, given as a buffer for the call; without one of that shape it
+    is drawn from torch's global generator. p is taken as a multiple of 1/256, or of 1/65536 where it is no such.
     """
 
     def __init__(self, p: float = 0.5) -> None:

@@ -58,11 +58,7 @@ def check(chain: Chain, policy: Policy) -> None:
 
 def batch_coupled(chain: Chain) -> bool:
     """Whether rows of a batch influence each other: batch normalisation with statistics of the batch."""
-    return coupled(chain)
-
-
-def coupled(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in chain.modules())
 
 
 def has_conv(chain: Chain) -> bool:
