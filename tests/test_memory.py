@@ -205,6 +205,17 @@ def test_a_real_scalar_keeps_its_value_and_a_fake_one_is_one() -> None:
         assert trace.fake({"x": torch.zeros(())})["x"].item() == 1
 
 
+def test_garbage_of_an_earlier_measurement_changes_no_later_one() -> None:
+    with Peak():
+        kept: list[object] = [torch.zeros(50_000)]
+        kept.append(kept)
+    del kept
+    with Peak() as peak:
+        assert gc.collect() > 0
+        x = torch.ones(10_000)
+    assert peak.bytes == x.nbytes
+
+
 def test_the_peak_of_a_block_counts_what_was_held_and_the_largest_rise() -> None:
     x = torch.zeros(1000)
     for _ in range(2):

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 from fedpipe.memory.predict import tensor_bytes
 
@@ -98,10 +99,25 @@ def _warm(device: torch.device) -> None:
 
 
 def _largest_rise(profile: Any) -> int:
-    """Of the running sum of allocations and frees, in the order of time."""
-    records = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    """Of the running sum of allocations and frees, in the order of time. A block that an earlier profile saw made, and
+    whose garbage is collected now, is none of ours."""
+    ours: dict[int, int] = {}
     now = peak = 0
-    for e in sorted(records, key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        peak = max(peak, now)
+    for e in sorted(_allocations(profile), key=lambda e: e.start_time_ns):
+        block = e.extra_fields
+        if block.alloc_size > 0:
+            ours[block.ptr] = block.alloc_size
+            now += block.alloc_size
+            peak = max(peak, now)
+        else:
+            now -= ours.pop(block.ptr, 0)
     return peak
+
+
+def _allocations(profile: Any) -> Iterator[Any]:
+    left = list(profile.kineto_results.experimental_event_tree())
+    while left:
+        event = left.pop()
+        left += event.children
+        if event.tag == _EventType.Allocation:
+            yield event
