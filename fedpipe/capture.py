@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fedpipe.context import Ctx
 from fedpipe.localstep import LocalStep, Outcome
 from fedpipe.lower import Sgd, lower
+from fedpipe.replay import Arena
 from fedpipe.straight import Compiled, Stage, straight
 from fedpipe.types import Batch, Tensors
 
@@ -63,18 +64,21 @@ class Program:
     fast: list[Compiled]  # both compiled, where the study wants that
 
     def __call__(self, at: Tensors, batch: Batch, buffers: Tensors, scales: tuple[float, float],
-                 value: bool) -> Outcome:  # fmt: skip
-        """One step. buffers: momentum by live name, moved in place as the leaves are; scales: -lr and 1 - lr decay."""
+                 value: bool, arena: Arena | None = None) -> Outcome:  # fmt: skip
+        """One step. buffers: momentum by live name, moved in place as the leaves are; scales: -lr and 1 - lr decay;
+        arena: where leaves and buffers lie, for the step to be replayed there."""
         given = [*(at[n] for n in self.inputs), *(batch[n] for n in self.batch), *buffers.values()]
         if self.fast and not isinstance(given[0], FakeTensor):
             run: Callable[..., Any] = self.fast[0 if value else 1]
         else:
             run = self.run if value else self.silent
         try:
-            out = [*run(*given, *scales)]
+            out = arena.run(run, given, scales) if arena and not self.fast else [*run(*given, *scales)]
         finally:
             Stage.now = None
         first = out.pop(0) if value else None
+        if not out:
+            return first, {}, {}
         cut = len(self.changed)
         changed = dict(zip(self.changed, out[:cut], strict=True))
         return first, changed, dict(zip(self.direction, out[cut:], strict=True))

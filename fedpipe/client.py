@@ -24,6 +24,7 @@ from fedpipe.models.chain import Chain
 from fedpipe.mover import Slots
 from fedpipe.phase import PhaseRun
 from fedpipe.prefix import Kept
+from fedpipe.replay import Replays
 from fedpipe.seeding import seeded
 from fedpipe.types import PRIVATE, Batch, Method, Phase, Plan, Tensors, matches, select
 
@@ -40,7 +41,8 @@ class Client:
     load: Callable[[Any, int], Batch]  # (rows, padded size) -> batch
     noise: Callable[[int, int], np.random.Generator]  # (phase, step) -> its draws; padding draws after the rows
     seed: int = 0  # of layers that draw by themselves
-    load_stack: Callable[[list[Any], int], Batch] | None = None  # of all clients of a stack at once, where it can
+    # of all clients of a stack at once, where it can: (rows, padded size, an x to write over)
+    load_stack: Callable[[list[Any], int, Tensor | None], Batch] | None = None
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Loop:
     kernel: Backend = "auto"  # of a fused step
     programs: Programs = field(default_factory=Programs)
     layout: Callable[[Chain], torch.memory_format] = lambda chain: torch.contiguous_format  # of images and filters
+    replays: Replays | None = None  # where captured steps are replayed as one
     patient: bool = False  # run the first steps as they are where that changes no bit: no memory is promised then
 
     def train(self, clients: list[Client], plan: Plan) -> list[Result]:
@@ -94,7 +97,7 @@ class Loop:
                     run = PhaseRun(
                         self.method, chain, self.local, clients, phase, index, self.kernel, layout, self.patient
                     )
-                    at, carried, losses = run.run(at, carried, kept, self.programs)
+                    at, carried, losses = run.run(at, carried, kept, self.programs, self.replays)
                 after = plan.phases[index + 1].live if phase.carry and index + 1 < len(plan.phases) else ()
                 carried = {n: s for n, s in carried.items() if matches(n, after)}
                 for mine, got in zip(phases, losses, strict=True):

@@ -10,6 +10,7 @@ from fedpipe.config import Optimizer
 from fedpipe.fused import MOMENTUM, Fused
 from fedpipe.kernels.common import Backend
 from fedpipe.lower import Sgd
+from fedpipe.replay import Arena
 from fedpipe.types import Step, Tensors
 
 Slots = dict[str, dict[str, Any]]  # optimizer state by name
@@ -48,6 +49,12 @@ class Mover:
             self.torch = optimizer(spec, leaves.values(), lr)
             for n, leaf in leaves.items():
                 self.torch.state[leaf] = self.slots[n]
+
+    def place(self, arena: Arena) -> None:
+        """Have the buffers that a captured step moves lie where it is replayed."""
+        for n, buffer in self.buffers.items():
+            name = f"{MOMENTUM}/{n}"
+            self.buffers[n] = self.slots[n][MOMENTUM] = arena.placed({name: buffer})[name]
 
     def move(self, d: Tensors, at: Tensors) -> None:
         """Move the leaves that have a direction."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedpipe.lower import LARGE
 from fedpipe.models.dropout import PREFIX, aside
 from fedpipe.mover import Mover, Slots
 from fedpipe.prefix import Kept, laid
+from fedpipe.replay import Replays
 from fedpipe.types import Batch, Method, Phase, Tensors, matches
 
 if TYPE_CHECKING:
@@ -38,23 +39,32 @@ class PhaseRun:
         self.counts = [len(r) for r in self.rows]
         self.sizes = [max(len(r[min(i, len(r) - 1)]) for r in self.rows) for i in range(max(self.counts))]
         lr = clients[0].ctx.lr * phase.lr
-        self.chain, steps = chain, max(self.counts)
+        self.chain, steps, self.least = chain, max(self.counts), min(self.counts)
+        self.draws = method.draw is not None or bool(chain.noise)
         self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=steps, chain=chain)
-        self.found: dict[Any, Program | None] = {}  # by what differs between the steps of a phase
+        self.over = self.stacked and not phase.since  # whether a batch may be written over the one before
+        self.used: Tensor | None = None  # images of the step before, which nothing reads any more
+        self.found: dict[tuple[int, int], Program | None] = {}  # by what differs between the steps of a phase
 
     @torch.no_grad()
-    def run(self, at: Tensors, carried: Slots, kept: Kept, programs: Programs) -> tuple[Tensors, Slots, list]:
+    def run(self, at: Tensors, carried: Slots, kept: Kept, programs: Programs, replays: Replays | None
+            ) -> tuple[Tensors, Slots, list]:  # fmt: skip
         live = [n for n in at if matches(n, self.phase.live) and self._trainable(n, at[n])]
         if not live:
             raise FedpipeError(f"phase {self.phase.name}: no name fits live = {', '.join(self.phase.live)}")
         self.kept, self.programs = kept, programs
         kept.make(self.phase, at, self.clients, self.rows)
+        if arena := replays.arena(at) if replays else None:
+            at = arena.placed(at)
         flat = bool(self.phase.step)  # a fused step sees flat views
         leaves = {n: at[n].contiguous() if flat else at[n] for n in live}
         at = {**at, **leaves}
         who = f"method {self.method.name}: phase {self.phase.name}: step"
         mover = Mover(who, self.local.optimizer, self.phase.step, self.ctx.lr, leaves, carried, at, self.stacked,
                       self.kernel)  # fmt: skip
+        if arena:
+            mover.place(arena)
+        self.arena = arena
         step = LocalStep(self.method, tuple(live), self.stacked)
         # a large weight moves otherwise in a captured step
         self.patient &= mover.sgd is None or all(t.nbytes < LARGE for t in leaves.values())
@@ -62,25 +72,30 @@ class PhaseRun:
         for i in range(max(self.counts)):
             at, value = self._step(i, at, step, mover)
             if value is not None:
-                last = torch.where(self._running(i, value), value, last) if i else value
+                last = value if i < self.least else torch.where(self._running(i, value), value, last)
                 first = first if i else value
         pairs = zip(first, last, strict=True) if self.stacked else [(first, last)]
-        return at, mover.slots, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
+        slots = mover.slots
+        if arena:
+            at, slots = arena.taken(at), {n: arena.taken(s) for n, s in slots.items()}
+        return at, slots, [(n, a, b) for n, (a, b) in zip(self.counts, pairs, strict=True)]
 
     def _trainable(self, name: str, tensor: Tensor) -> bool:
         return tensor.is_floating_point() and name.split("/")[-1] not in self.chain.buffer_names
 
     def _step(self, i: int, at: Tensors, step: LocalStep, mover: Mover) -> tuple[Tensors, Tensor | None]:
         batch = self._batch(i)
-        at = {**at, **self._draw(i, at, batch)}
-        undo = self._remember(i, mover)
+        if self.draws:
+            at = {**at, **self._draw(i, at, batch)}
+        undo = self._remember(i, mover) if i >= self.least else None
         value, changed, d = self._outcome(i, at, batch, step, mover)
         mover.move(d, at)
-        at.update(undo(changed, at))
+        at.update(undo(changed, at) if undo else changed)
+        self.used = batch["x"] if self.over and not changed else None
         return {n: t for n, t in at.items() if not n.startswith(PREFIX)} if self.chain.noise else at, value
 
     def _outcome(self, i: int, at: Tensors, batch: Batch, step: LocalStep, mover: Mover) -> Outcome:
-        known = len(at), *(t.shape for t in batch.values())
+        known = len(at), self.sizes[i]
         if known not in self.found:
             key = (self.phase, self.chain.key or self.chain)
             if self.patient and not self.programs.due(key, step, batch):
@@ -89,8 +104,8 @@ class PhaseRun:
         program = self.found[known]
         if program is None:
             return step(at, batch, self.ctx)
-        wanted = i == 0 or i + 1 >= min(self.counts)  # the first value, and any that is some client's last
-        return program(at, batch, mover.buffers, mover.scales, wanted)
+        wanted = i == 0 or i + 1 >= self.least  # the first value, and any that is some client's last
+        return program(at, batch, mover.buffers, mover.scales, wanted, self.arena)
 
     def _batch(self, i: int) -> Batch:
         rows = [r[min(i, len(r) - 1)] for r in self.rows]
@@ -100,14 +115,15 @@ class PhaseRun:
         if not self.stacked:
             return laid(first.load(rows[0], size), self.layout)
         if first.load_stack:
-            return first.load_stack(rows, size)
+            over, self.used = self.used, None
+            if over is not None and over.shape[1] != size:
+                over = None
+            return first.load_stack(rows, size, over)
         parts = [c.load(r, size) for c, r in zip(self.clients, rows, strict=True)]
         return {k: torch.stack([p[k] for p in parts]) for k in parts[0]}
 
     def _draw(self, i: int, at: Tensors, batch: Batch) -> Tensors:
         chain, draw = self.chain, self.method.draw
-        if draw is None and not chain.noise:
-            return {}
         units, device, each = chain.run_units(self.phase.upto), next(iter(batch.values())).device, []
         for k, client in enumerate(self.clients):
             mine, rows = (pick(at, k), pick(batch, k)) if self.stacked else (at, batch)
@@ -125,8 +141,6 @@ class PhaseRun:
 
     def _remember(self, i: int, mover: Mover) -> Callable[[Tensors, Tensors], Tensors]:
         """Clients of a stack that have finished are put back after the step, optimizer state included."""
-        if all(i < n for n in self.counts):
-            return lambda changed, at: changed
         moved = mover.moved()
         old = [t.clone() for t in moved]
 

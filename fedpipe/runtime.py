@@ -27,6 +27,7 @@ from fedpipe.models import chain as models
 from fedpipe.models import traits
 from fedpipe.recompute import Policy
 from fedpipe.records import changed
+from fedpipe.replay import replays
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
@@ -44,7 +45,8 @@ class Runtime:
         self.method = method or methods.load(run.method)
         self.device = torch.device(machine.device(run))
         self.dtype = torch.float64 if run.precision == "float64" else torch.float32
-        data.normalisation(self.dtype)  # now, and not when a client's peak is measured
+        self.fed = data.on(self.device)
+        self.fed.normalisation(self.dtype)  # now, and not when a client's peak is measured
         self.programs = programs(run.compile)
         self.predictor, self.chooser = Predictor(self), Chooser(self)
         self._built: dict[Settings, models.Chain] = {}
@@ -175,6 +177,7 @@ class Runtime:
             self.run.kernel("step"),
             self.programs,
             self.layout,
+            None if probe else replays(self.device),  # a graph holds memory of its own, and no client's
             patient=probe is None and not self.run.budgets.limits(self.run.data.partition.clients),
         )
 
@@ -190,7 +193,9 @@ class Runtime:
             return fixed_batches(phase, rows.numpy()[once], gen, local.batch, local.epochs)
 
         return Client(
-            ctx=changed(ctx, role="train", samples=len(rows)),
+            ctx=ctx
+            if (ctx.role, ctx.samples) == ("train", len(rows))
+            else changed(ctx, role="train", samples=len(rows)),
             at=self.moved(at),
             batches=batches,
             load=self.load,
@@ -203,8 +208,8 @@ class Runtime:
         """Rows as a batch: x, y and weights that sum to 1; padded to `size` with rows of weight 0."""
         return {k: t[0] for k, t in self.load_stack([rows], size).items()}
 
-    def load_stack(self, rows: list[NDArray[np.int64]], size: int) -> Batch:
-        """Batches of the clients of a stack, with a client axis in front."""
+    def load_stack(self, rows: list[NDArray[np.int64]], size: int, into: Tensor | None = None) -> Batch:
+        """Batches of the clients of a stack, with a client axis in front; into: an x of their shape to write over."""
         clients, counts = len(rows), [len(r) for r in rows]
         if counts == [size] * clients:
             every, w = np.concatenate(rows), self._even(clients, size)
@@ -213,15 +218,17 @@ class Runtime:
             w = torch.zeros(clients, size, dtype=self.dtype)
             for mine, n in zip(w, counts, strict=True):
                 mine[:n] = 1 / n
-        x, y = self.data.batch(torch.from_numpy(every), self.dtype)
+        x, y = self.fed.batch(torch.from_numpy(every), self.dtype, into if self.device.type == "cpu" else None)
         batch = {"x": x.view(clients, size, *x.shape[1:]), "y": y.view(clients, size), "w": w}
-        return batch if self.device.type == "cpu" else {k: v.to(self.device) for k, v in batch.items()}
+        return (
+            batch if self.device.type == "cpu" else {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        )
 
     def _even(self, clients: int, size: int) -> Tensor:
         """Weights of full batches, which nobody writes to."""
         key = (clients, size)
         if key not in self._weights:
-            self._weights[key] = torch.from_numpy(np.full(key, 1 / size)).to(self.dtype)
+            self._weights[key] = torch.from_numpy(np.full(key, 1 / size)).to(self.dtype).to(self.device)
         return self._weights[key]
 
     def layout(self, chain: models.Chain) -> torch.memory_format:

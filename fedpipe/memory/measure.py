@@ -1,15 +1,15 @@
 """The peak memory of code as torch's allocator saw it: the profiler's records on a CPU, its own count on CUDA."""
 
+import gc
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._C._profiler import _EventType
 
 from fedpipe.memory.predict import tensor_bytes
 
@@ -44,6 +44,7 @@ class Peak:
         self._profile: Any = None
 
     def __enter__(self) -> Self:
+        gc.freeze()  # what is garbage now may be known to the allocator's records, and is none of the block's
         self._resident = _reset_resident()
         if self.device.type == "cuda":
             _warm(self.device)
@@ -65,6 +66,7 @@ class Peak:
             self._profile.__exit__(*error)
             rise = _largest_rise(self._profile)
             self._profile = None
+        gc.unfreeze()
         self.bytes = self._held + rise
         most = _status("VmHWM")
         if self._resident is not None and most is not None:
@@ -99,25 +101,10 @@ def _warm(device: torch.device) -> None:
 
 
 def _largest_rise(profile: Any) -> int:
-    """Of the running sum of allocations and frees, in the order of time. A block that an earlier profile saw made, and
-    whose garbage is collected now, is none of ours."""
-    ours: dict[int, int] = {}
+    """Of the running sum of allocations and frees, in the order of time."""
+    records = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
-    for e in sorted(_allocations(profile), key=lambda e: e.start_time_ns):
-        block = e.extra_fields
-        if block.alloc_size > 0:
-            ours[block.ptr] = block.alloc_size
-            now += block.alloc_size
-            peak = max(peak, now)
-        else:
-            now -= ours.pop(block.ptr, 0)
+    for e in sorted(records, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        peak = max(peak, now)
     return peak
-
-
-def _allocations(profile: Any) -> Iterator[Any]:
-    left = list(profile.kineto_results.experimental_event_tree())
-    while left:
-        event = left.pop()
-        left += event.children
-        if event.tag == _EventType.Allocation:
-            yield event

@@ -18,6 +18,7 @@ from fedpipe.memory.enforce import row_of
 from fedpipe.memory.keep import keeping
 from fedpipe.memory.measure import BESIDE
 from fedpipe.memory.parts import KINDS, mib
+from fedpipe.memory.predict import tensor_bytes
 from fedpipe.memory.predictor import candidate
 from fedpipe.runtime import Runtime
 from fedpipe.steps import provenance
@@ -72,7 +73,8 @@ def run(run: Path, data: Path, *, prediction: Path, tried: Path) -> None:
 def _stacks(rt: Runtime, plan: Plan) -> None:
     """Raise FedpipeError when a stack of a plan's clients needs more memory than the device has."""
     size = min(rt.stack_size, rt.run.cohort)
-    needs, has = size * max(rt.predictor.peaks(plan)), limit.total(rt.device)
+    placed = tensor_bytes(rt.state0.values()) if rt.device.type == "cuda" else 0  # an arena beside what is handed over
+    needs, has = size * (max(rt.predictor.peaks(plan)) + placed), limit.total(rt.device)
     if size > 1 and needs > has:
         raise FedpipeError(
             f"measure: a stack of {size} clients of method {rt.method.name} needs {mib(needs)}, this device has "
