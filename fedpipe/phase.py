@@ -42,7 +42,8 @@ class PhaseRun:
         self.chain, steps, self.least = chain, max(self.counts), min(self.counts)
         self.draws = method.draw is not None or bool(chain.noise)
         self.ctx = replace(clients[0].ctx, client=None, samples=0, phase=phase, lr=lr, steps=steps, chain=chain)
-        self.over = self.stacked and not phase.since  # whether a batch may be written over the one before
+        # whether a batch may be written over the one before
+        self.over = self.stacked and not phase.since and bool(clients[0].load_stack)
         self.used: Tensor | None = None  # images of the step before, which nothing reads any more
         self.found: dict[tuple[int, int], Program | None] = {}  # by what differs between the steps of a phase
 
