@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedpipe.allocator import give_back
 from fedpipe.errors import FedpipeError
 from fedpipe.guard import held
 from fedpipe.mend import mend
@@ -137,6 +138,7 @@ def _run(p: RunPaths, every: int, last: set[int]) -> Iterator[Job]:
     for job in run_jobs(p, every):
         (rounds if job.step == "segment" else after if rounds else before).append(job)
     for stage in (before, rounds, after):
+        ran = False
         for job in due(stage, last) if stage is rounds else (j for j in stage if not fresh(j)):
             _announce(job, p)
             importlib.import_module(f"fedpipe.steps.{job.step}").run(**job.reads, **job.writes)
@@ -144,7 +146,10 @@ def _run(p: RunPaths, every: int, last: set[int]) -> Iterator[Job]:
             if first and first not in last:
                 shutil.rmtree(p.state(first))
                 shutil.rmtree(p.own(first))
+            ran = True
             yield job
+        if ran:
+            give_back()
 
 
 def _announce(job: Job, p: RunPaths) -> None:
