@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,6 +20,7 @@ from fedpipe.localstep import LocalStep, Outcome
 from fedpipe.lower import Sgd, lower
 from fedpipe.replay import Arena
 from fedpipe.straight import Compiled, Stage, straight
+from fedpipe.tracing import fake_mode
 from fedpipe.types import Batch, Tensors
 
 PATIENCE = 32  # steps
@@ -182,14 +183,12 @@ def _without_first(graph: Graph) -> Graph:
 
 def trace(fn: Callable[..., Any], tensors: list[Tensor]) -> GraphModule:
     """The operations of fn on tensors like these, of which no value is looked at. Raises NotCaptured."""
-    with _disable_current_modes(), torch.no_grad():
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
-            try:
-                module = make_fx(fn, _allow_non_fake_inputs=True)(*fakes)
-            except Exception as e:
-                raise NotCaptured(str(e)) from e
+    with _disable_current_modes(), torch.no_grad(), fake_mode():
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+        try:
+            module = make_fx(fn, _allow_non_fake_inputs=True)(*fakes)
+        except Exception as e:
+            raise NotCaptured(str(e)) from e
     if own := [n for n in module.graph.nodes if n.op == "get_attr"]:
         raise NotCaptured(f"a tensor of its own, {own[0].target}")
     return module

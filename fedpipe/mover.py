@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedpipe import tracing
 from fedpipe.config import Optimizer
 from fedpipe.fused import MOMENTUM, Fused
 from fedpipe.kernels.common import Backend
@@ -19,6 +20,7 @@ Slots = dict[str, dict[str, Any]]  # optimizer state by name
 def optimizer(spec: Optimizer, leaves: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
     """The study's optimizer of these leaves, one after another: all at once takes another model's bytes on the way."""
     wd = spec.weight_decay
+    tracing.load()
     if spec.name == "sgd":
         return torch.optim.SGD(leaves, lr=lr, momentum=spec.momentum, weight_decay=wd, foreach=False)
     kind = torch.optim.Adam if spec.name == "adam" else torch.optim.AdamW

@@ -16,12 +16,10 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)
 
 from fedpipe.memory.live import Live, storage_bytes
 from fedpipe.memory.parts import KINDS, Parts, kind_of, parts
+from fedpipe.tracing import fake_mode
 from fedpipe.types import Tensors
 
 
@@ -73,7 +71,7 @@ class Trace:
         if gc.isenabled():
             gc.disable()
             self._stack.callback(gc.enable)
-        self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._stack.enter_context(fake_mode())
         self._stack.enter_context(self._live)
         return self
 

@@ -10,9 +10,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fedpipe.memory.predict import Trace, tensor_bytes
+from fedpipe.tracing import flop_registry
 from fedpipe.types import Tensors
 
 Run = Callable[[Tensors, Tensor], Tensor]  # (parameters and buffers, x) -> result
