@@ -87,7 +87,7 @@ def parse(path: Path) -> ast.Module:
 
 @cache
 def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
-    """What a file does, as text without docstrings and positions, and the modules it imports while running."""
+    """Digest of what a file does, without docstrings and positions, and the modules it imports while running."""
     tree = parse(path)
     imports = tuple(dict.fromkeys(_imports(tree)))
     for node in ast.walk(tree):
@@ -95,7 +95,7 @@ def _parsed(path: Path) -> tuple[str, tuple[str, ...]]:
             node, clean=False
         ):
             node.body = node.body[1:]
-    return ast.dump(tree), imports
+    return digest(ast.dump(tree)), imports
 
 
 def _imports(node: ast.AST) -> Iterator[str]:
