@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedpipe import arrow
 from fedpipe.errors import Damaged, FedpipeError
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def write_table(
 ) -> None:
     """Write a table, whole or not at all; a list of rows needs `schema` when it may be empty."""
     if not isinstance(table, pa.Table):
-        table = pa.Table.from_pylist(table, schema=schema)
+        table = arrow.table(table, schema) if schema else pa.Table.from_pylist(table)
     table = table.combine_chunks().replace_schema_metadata({"fedpipe": metadata(meta, _table_content(table))})
     sink = io.BytesIO()
     if path.suffix == ".arrow":

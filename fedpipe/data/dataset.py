@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpipe.arrow import numbers
 from fedpipe.io import map_arrow, table_meta
 
 RESIDENT = 8 << 30  # bytes of images that a device holds; of more it gets batches
@@ -81,8 +82,8 @@ def _opened(path: Path, version: tuple[int, ...] | None) -> Dataset:
     return Dataset(
         # DLPack and not NumPy: Arrow's NumPy views are marked read-only, which a tensor cannot be.
         x=torch.from_dlpack(images).view(table.num_rows, *meta["shape"]),
-        y=torch.tensor(table.column("label").to_numpy(), dtype=torch.int64),
-        test=table.column("test").to_numpy(),
+        y=torch.from_numpy(numbers(table.column("label")).astype(np.int64)),
+        test=numbers(table.column("test")),
         shape=tuple(meta["shape"]),
         classes=meta["classes"],
         names=tuple(meta["names"]),

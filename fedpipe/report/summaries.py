@@ -8,6 +8,7 @@ import statistics
 
 import pyarrow as pa
 
+from fedpipe.arrow import table
 from fedpipe.context import with_margin
 from fedpipe.report.results import Row, RunResults
 
@@ -112,7 +113,7 @@ def curves(runs: list[RunResults]) -> pa.Table:
             sent = sum(r[b] for r in run.rounds if r["round"] < at["round"] for b in BYTES)
             row = {"label": run.run.label, "seed": run.run.seed, "sent": sent}
             rows.append({**row, "round": at["round"], "accuracy": at["accuracy"]})
-    return pa.Table.from_pylist(rows, schema=CURVES)
+    return table(rows, CURVES)
 
 
 def client_accuracies(runs: list[RunResults]) -> pa.Table:
@@ -124,4 +125,4 @@ def client_accuracies(runs: list[RunResults]) -> pa.Table:
             if r["column"] == "global" and r["client"] is not None:
                 row = {"label": run.run.label, "seed": run.run.seed, "left_out": r["client"] in out}
                 rows.append({**row, "client": r["client"], "accuracy": r["accuracy"]})
-    return pa.Table.from_pylist(rows, schema=CLIENTS)
+    return table(rows, CLIENTS)

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from scipy.special import stdtrit
 
+from fedpipe import arrow
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import checksum, write_table, write_text
@@ -77,7 +78,7 @@ def _type(column: str) -> pa.DataType:
 
 
 def _typed(rows: list[Row]) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=pa.schema({c: _type(c) for c in rows[0]}))
+    return arrow.table(rows, pa.schema({c: _type(c) for c in rows[0]}))
 
 
 def _by_label(rows: list[Row]) -> list[list[Row]]:
