@@ -1,7 +1,9 @@
 """What is there between rounds, what clients sent, and the states that are mixed from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from fedpipe.aggregate import Terms, check_finite
 from fedpipe.client import Result
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import judge, not_finite
-from fedpipe.messages import Filed, Message, all_finite, layout
+from fedpipe.messages import Filed, Held, Message, all_finite, layout
 from fedpipe.runtime import Runtime
 from fedpipe.stopping import Watch
 from fedpipe.types import Plan, Tensors, Update
@@ -49,6 +51,11 @@ class Sent:
         """The message as the bytes of a file, which are the bytes counted."""
         return self.message.image if self.message else None
 
+    def let_go(self) -> None:
+        """It has been folded: that it came is all that is kept of the message."""
+        if self.message:
+            self.message, self.doubt = Held({}, {}), None
+
     def fail(self) -> None:
         """The client sends nothing after all."""
         self.message = None
@@ -69,10 +76,14 @@ class Mixing:
     def mix(self, t: int, world: World, sent: Iterable[Sent]) -> World:
         """The world after round t: every Mix row's state, every client's own file."""
         by_id = {row_id(s.row): s for s in sent}
-        made = self._made(t, world, by_id)
-        if not all_finite([x for state in made.values() for x in state.values()]) and self._failed(by_id.values()):
-            made = self._made(t, world, by_id)
-        kept = {s.row["client"]: (t, s.own) for s in by_id.values() if s.own and s.message}
+        made = self.made(t, world, by_id)
+        if not all_right(made) and self._failed(by_id.values()):
+            made = self.made(t, world, by_id)
+        return self.after(t, world, made, by_id.values())
+
+    def after(self, t: int, world: World, made: dict[str, Tensors], sent: Iterable[Sent]) -> World:
+        """The world after round t, of the states made in it."""
+        kept = {s.row["client"]: (t, s.own) for s in sent if s.own and s.message}
         owns = {**world.owns, **kept} if kept else world.owns
         return replace(world, states={**world.states, **made}, owns=owns)
 
@@ -87,24 +98,25 @@ class Mixing:
                 bad = True
         return bad
 
-    def _made(self, t: int, world: World, by_id: dict[str, Sent]) -> dict[str, Tensors]:
-        """The states of the round's Mix rows."""
+    def made(self, t: int, world: World, by_id: Mapping[str, Sent]) -> dict[str, Tensors]:
+        """The states of the round's Mix rows; what came is asked for in the order it is folded in."""
         made: dict[str, Tensors] = {}
         for row in self.by_round.get(t, []):
             if row["kind"] == "mix":
-                came = [by_id[u] for u in row["updates"] if u in by_id]
-                made[row["out"]] = dict(sorted(self._mix(row, {**world.states, **made}, came).items()))
+                made[row["out"]] = dict(sorted(self._mix(row, {**world.states, **made}, by_id).items()))
         return made
 
-    def _mix(self, row: dict[str, Any], states: dict[str, Tensors], sent: list[Sent]) -> Tensors:
-        base, arrived = states[row["base"]], [s for s in sent if s.message]
-        if sent and not arrived:
-            raise FedpipeError(f"round {row['round']}: every client failed")
-        if not arrived:
+    def _mix(self, row: dict[str, Any], states: dict[str, Tensors], by_id: Mapping[str, Sent]) -> Tensors:
+        came = [u for u in row["updates"] if u in by_id]
+        base, arrived = states[row["base"]], (s for s in map(by_id.__getitem__, came) if s.message)
+        first = next(arrived, None)
+        if first is None:
+            if came:
+                raise FedpipeError(f"round {row['round']}: every client failed")
             return base
+        terms = cache(lambda plan, start: self.of(plan, states[start]))
         # On the device that trains, whose kernels fold; states themselves live on the CPU.
-        terms = {key: self.of(key[0], states[key[1]]) for key in {(s.row["plan"], s.row["start"]) for s in arrived}}
-        updates = (self._update(s, terms[s.row["plan"], s.row["start"]]) for s in arrived)
+        updates = (self._update(s, terms(s.row["plan"], s.row["start"])) for s in chain((first,), arrived))
         ctx = self.rt.ctx(row["round"], role="server")
         aggregate = self.rt.method.aggregate or (lambda state, updates, ctx: ctx.mean(state, updates))
         return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), updates, ctx).items()}
@@ -127,6 +139,11 @@ class Mixing:
         if found is None or found.layout != layout(start):
             found = self.terms[plan] = Terms(self.plans[plan], start)
         return found
+
+
+def all_right(made: dict[str, Tensors]) -> bool:
+    """Whether all entries of states are finite."""
+    return all_finite([x for state in made.values() for x in state.values()])
 
 
 def row_id(row: dict[str, Any]) -> str:

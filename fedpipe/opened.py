@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fedpipe import io, machine
+from fedpipe.arrow import numbers
 from fedpipe.config import Run
 from fedpipe.data import dataset
 from fedpipe.evaluation import pooled
+from fedpipe.folding import played
 from fedpipe.memory.measure import BESIDE
 from fedpipe.plans import read_plans
 from fedpipe.rounds import Rounds, Rows, Sent, World
@@ -97,8 +99,7 @@ class Opened:
 
     def round(self, t: int, world: World) -> World:
         """One whole round: every group trained, every state mixed."""
-        sent = self.rounds.train(t, world, self.groups(t, world), mixed=True)
-        world = self.rounds.mix(t, world, sent)
+        world, sent = played(self.rounds, t, world, self.groups(t, world))
         self.log(sent)
         return world
 
@@ -156,8 +157,8 @@ def _version(name: str) -> int:
 
 def rows_by_client(shares: pa.Table, split: str) -> dict[int, Tensor]:
     """Rows of the data [n] of each client in one split, ascending; clients without any have an empty tensor."""
-    client = shares["client"].to_numpy()
-    rows, chosen = shares["row"].to_numpy(), shares["split"].to_numpy(zero_copy_only=False) == split
+    client, rows = numbers(shares["client"]), numbers(shares["row"])
+    chosen = np.array([s == split for s in shares["split"].to_pylist()], bool)
     order = np.lexsort((rows[chosen], client[chosen]))
     clients = np.unique(client)
     parts = np.split(rows[chosen][order], np.searchsorted(client[chosen][order], clients[1:]))

@@ -1,6 +1,6 @@
 """Rounds in memory: training a share of a round's rows. The steps put files around it, `mixing` mixes what came."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Rounds(Mixing):
         self.predicted, self.training_rows, self.budgets = predicted, training_rows, budgets
         self.awaited = {(r["round"], u) for r in rows if r["kind"] == "mix" for u in r["updates"]}
         self.peaks: Rows = []
+        self.careful = False  # whether each client is looked at as soon as it has trained
         self.warned: set[tuple[str, int]] = set()  # (plan, phase) that were said to be over budget
 
     def groups(self, t: int) -> list[Rows]:
@@ -44,8 +45,12 @@ class Rounds(Mixing):
                 found.setdefault(r["group"], []).append(r)
         return [found[g] for g in sorted(found)]
 
-    def train(self, t: int, world: World, groups: Iterable[Rows], mixed: bool = False) -> list[Sent]:
-        """Train groups of a round.
+    def train(self, t: int, world: World, groups: Iterable[Rows]) -> list[Sent]:
+        """`trained`, all of it."""
+        return list(self.trained(t, world, groups))
+
+    def trained(self, t: int, world: World, groups: Iterable[Rows], mixed: bool = False) -> Iterator[Sent]:
+        """Train groups of a round, each when its first client is asked for.
 
         A client fails when its training raises, when it is measured and goes over its budget, or when it comes to
         values that are not finite. That is a FedpipeError, or the client sends nothing where the study drops it.
@@ -53,21 +58,29 @@ class Rounds(Mixing):
         looked at one by one only where it does.
         """
         down: Down = {}
-        room, out = ROOM, []
+        room = ROOM
         for group in groups:
-            plan = self.plans[group[0]["plan"]]
-            later = self._foldable(group, world) if mixed else frozenset()
-            trained = self._trained(group, plan, world, later)
-            losses = _losses([result for result, _ in trained])
-            for row, (result, failed), lost in zip(group, trained, losses, strict=True):
-                key = (row["start"], row["plan"], row["reply"])
-                if key not in down:
-                    down[key] = self._down(row, plan, world)
-                sent = self._sent(row, plan, result, failed, lost, down[key], room > 0)
-                if later and isinstance(sent.message, Held):
-                    sent.doubt = replace(result, at={}, sent={n: sent.message.tensors[n] for n in result.sent})
-                room -= sent.metrics[0]["payload_up"]
-                out.append(sent)
+            came = self._came(group, world, down, room, mixed)
+            room -= sum(sent.metrics[0]["payload_up"] for sent in came)
+            yield from came
+            del came  # what is let go of it is to be gone while the next group trains
+
+    def _came(self, group: Rows, world: World, down: Down, room: int, mixed: bool) -> list[Sent]:
+        """What the clients of a group send."""
+        out = []
+        plan = self.plans[group[0]["plan"]]
+        later = self._foldable(group, world) if mixed else frozenset()
+        trained = self._trained(group, plan, world, later)
+        losses = _losses([result for result, _ in trained])
+        for row, (result, failed), lost in zip(group, trained, losses, strict=True):
+            key = (row["start"], row["plan"], row["reply"])
+            if key not in down:
+                down[key] = self._down(row, plan, world)
+            sent = self._sent(row, plan, result, failed, lost, down[key], room > 0)
+            if later and isinstance(sent.message, Held):
+                sent.doubt = replace(result, at={}, sent={n: sent.message.tensors[n] for n in result.sent})
+            room -= sent.metrics[0]["payload_up"]
+            out.append(sent)
         return out
 
     def _foldable(self, group: Rows, world: World) -> frozenset[str]:

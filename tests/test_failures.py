@@ -12,6 +12,7 @@ from engine import IID, Game, assigned, equal, make_run
 from fedpipe import io
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import attempt, said
+from fedpipe.folding import played
 from fedpipe.memory import measure
 from fedpipe.paths import RunPaths
 from fedpipe.steps import aggregate, segment, train
@@ -42,6 +43,12 @@ infinite = Method(end=extra(float("inf")))
 hopeless = Method(end=extra(float("nan"), None))
 unlucky = Method(plan=lambda ctx: Plan(keep=("own/*",)), begin=begin, end=end)
 unstackable = Method(loss=branch)
+
+def lost(at, ctx):
+    bad = (ctx.client, ctx.round) in ((2, 0), (3, 1))
+    return {n: t * float("nan") if bad and n.startswith("model/") else t for n, t in default_begin(at, ctx).items()}
+
+diverging = Method(begin=lost)
 '''
 LINE = r"client 2, round 1: .*mine\.py, line 15: ValueError: no luck"
 
@@ -78,6 +85,27 @@ def test_values_that_are_not_finite(mine: str, root: Path, capsys: pytest.Captur
     (lost,) = [s for s in game.sent if s.image is None]
     assert all(m["steps"] > 0 and m["loss_last"] > 0 and m["payload_up"] == m["header_up"] == 0 for m in lost.metrics)
     assert dropped(capsys)[0].startswith("fedpipe: client 2, round 0: dropped, extra is not finite after training")
+
+
+def test_a_value_that_is_not_finite_is_found_after_its_message_is_let_go(
+    mine: str, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(f"{mine}:diverging", on_client_failure="drop", measure="all")
+    plain, game = Game(run, root).play(2), Game(run, root)
+    capsys.readouterr()
+    rounds, trained = game.opened.rounds, list[int]()
+    inner = rounds._trained
+    monkeypatch.setattr(rounds, "_trained", lambda group, *a: (trained.append(group[0]["round"]), inner(group, *a))[1])
+    for t in range(2):
+        game.world, sent = played(rounds, t, game.world, rounds.groups(t))
+        game.sent, game.t = game.sent + sent, t + 1
+        assert rounds.careful
+    assert trained == [0] * 12 + [1] * 6, "once more, and from then on each is looked at"
+    assert failed(game) == [(0, 2), (1, 3)] and len(dropped(capsys)) == 2
+    assert equal(plain.state, game.state) and len(rounds.peaks) == len(plain.opened.rounds.peaks) == 12
+    with pytest.raises(FedpipeError, match="client 2, round 0: model/.* is not finite after training"):
+        stopped = Game(make_run(f"{mine}:diverging"), root)
+        played(stopped.opened.rounds, 0, stopped.world, stopped.opened.rounds.groups(0))
 
 
 def test_a_round_in_which_everybody_fails_is_an_error(mine: str, root: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedpipe.kernels.bits import reference as bits
 
 MANY = 8  # clients that wait for one another
+WAIT = 16 << 20  # bytes of values that wait, where these are more than two clients': more save no time
 BLOCK = 3 << 13  # entries whose sums, values and mask, in float64, take 0.75 MiB, and stay in a cache
 Window = tuple[int, int, int]  # dimension, start, stop (exclusive); a stop past the end wraps round
 
@@ -50,6 +51,7 @@ class Fold:
 
     def __init__(self, old: Tensor, sums: tuple[Tensor, Tensor] | None = None):
         self.old, self.waiting = old, list[Part]()
+        self.most = min(MANY, max(2, WAIT // max(1, old.nbytes)))
         self.total, self.weight = sums or (
             torch.zeros(old.shape, dtype=torch.float64, device=old.device),
             torch.zeros((), dtype=torch.float64, device=old.device),  # of every entry, until one differs
@@ -58,7 +60,7 @@ class Fold:
     def add(self, part: Part) -> None:
         """Take one client's part."""
         self.waiting.append(part)
-        if len(self.waiting) == MANY:
+        if len(self.waiting) == self.most:
             self._fold()
 
     def result(self) -> Tensor:

@@ -61,8 +61,8 @@ class Whole:
         return all(n in tensors and (tensors[n].shape, tensors[n].dtype) == is_ for n, is_ in self.like.items())
 
     def add(self, tensors: dict[str, Tensor], weight: float) -> None:
-        """Take one client's tensors."""
-        self.waiting.append((tensors, weight))
+        """Take one client's tensors; others that come with them are not held on to."""
+        self.waiting.append(({n: tensors[n] for n in self.old}, weight))
         if len(self.waiting) == MANY:
             self._fold()
 
