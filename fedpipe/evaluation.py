@@ -25,12 +25,12 @@ def default_predict(at: Tensors, batch: Batch, ctx: Ctx) -> Tensors:
 
 
 def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx) -> dict[str, tuple[float, float]]:
-    """Mean loss and accuracy of each predicted column over rows [n], in batches of the study's `evaluate.batch`."""
+    """Mean loss and accuracy of each predicted column over rows [n], batch by batch."""
     predict = rt.method.predict or default_predict
     total: dict[str, np.ndarray] = {}
     layout = rt.layout(ctx.chain or rt.build())
     with torch.no_grad(), seeded(0):
-        for part in rows.split(rt.run.evaluate.batch):
+        for part in rows.split(rt.evaluated_at_once):
             batch = laid(rt.load(part.numpy(), len(part)), layout)
             for column, z in predict(at, batch, ctx).items():
                 loss = torch.nn.functional.cross_entropy(z.double(), batch["y"], reduction="sum")

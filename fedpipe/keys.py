@@ -102,7 +102,10 @@ class Evaluate(Typed):
     every: Positive | None = Field(
         None, description="rounds between evaluations of the server's model; default: 20 points in a run"
     )
-    batch: Positive = 100
+    batch: Positive | None = Field(
+        None,
+        description="rows at a time; default: 100, on a CPU with convolutions 32, which take a third of the memory",
+    )
 
 
 class Stop(Typed):

@@ -73,6 +73,9 @@ class Runtime:
 
     @cached_property
     def state0(self) -> Tensors:
+        return self.first_state()
+
+    def first_state(self) -> Tensors:
         """State 0: `model/*` drawn from the seed, and what the method's `init` adds. States live on the CPU."""
         model = {f"model/{n}": t.detach().cpu().clone() for n, t in self.build().state_dict().items()}
         state = self.method.init(model, self.ctx(role="server")) if self.method.init else model
@@ -151,6 +154,13 @@ class Runtime:
             return 32
         size = sum(t.numel() * t.element_size() for t in chain.state_dict().values())
         return 1 if traits.has_conv(chain) else max(1, min(32, CACHE // size))
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Rows of a batch of evaluation: a rule of shapes and device, as it decides the order of the loss's sum. More
+        rows of maps leave a CPU's cache: they take memory and no less time."""
+        maps = self.device.type == "cpu" and traits.has_conv(self.build())
+        return self.run.evaluate.batch or (32 if maps else 100)
 
     def stack_key(self, samples: int, plan: Plan) -> int:
         """Clients of equal keys may be stacked: equal samples where rows of a batch influence each other (padding

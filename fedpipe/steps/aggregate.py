@@ -27,7 +27,7 @@ def run(
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
-    world, t = read_world(state, own, opened.rt.state0)
+    world, t = read_world(state, own, opened.rt.first_state())
     points = opened.evaluated(0, world) if t == 0 else []
     brought: Brought = {}
     for folder in trained:

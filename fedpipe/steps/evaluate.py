@@ -37,7 +37,7 @@ def run(
     spec = load_run(run)
     rt = Runtime(spec, dataset.load(data))
     table, shares = io.read_table(plans), io.read_table(partition)
-    world, _ = read_world(state, own, rt.state0)
+    world, _ = read_world(state, own, rt.first_state())
     training, testing = rows_by_client(shares, "train"), rows_by_client(shares, "test")
     people = {r["client"]: r for r in io.read_table(assignment).to_pylist()}
     server = world.states[max(world.states, key=lambda n: int(n.split("@")[1]))]

@@ -21,7 +21,7 @@ def run(
     """
     spec = load_run(run)
     opened = Opened(spec, data, partition, plans, route)
-    world, first = read_world(state, own, opened.rt.state0)
+    world, first = read_world(state, own, opened.rt.first_state())
     points = opened.evaluated(0, world) if first == 0 else []
     with Progress(f"{spec.label} seed {spec.seed}", spec.rounds, first) as progress:
         for t in range(first, last):

@@ -20,7 +20,7 @@ def run(
     if not 0 <= job < jobs:
         raise FedpipeError(f"job: {job} of {jobs} jobs; wanted 0 <= job < jobs")
     opened = Opened(load_run(run), data, partition, plans, route)
-    world, t = read_world(state, own, opened.rt.state0)
+    world, t = read_world(state, own, opened.rt.first_state())
     groups = opened.groups(t, world)
     with opened.timed(t):
         sent = opened.rounds.train(t, world, groups[job::jobs])
