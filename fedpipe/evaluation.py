@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpipe.client import default_begin
 from fedpipe.context import Ctx
-from fedpipe.prefix import laid
+from fedpipe.loop.client import default_begin
+from fedpipe.loop.prefix import laid
 from fedpipe.runtime import Runtime
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Row, Tensors

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedpipe.errors import FedpipeError
 
 if TYPE_CHECKING:
-    from fedpipe.client import Result
+    from fedpipe.loop.client import Result
 
 T = TypeVar("T")
 

@@ -104,7 +104,8 @@ class Evaluate(Typed):
     )
     batch: Positive | None = Field(
         None,
-        description="rows at a time; default: 100, on a CPU with convolutions 32, which take a third of the memory",
+        description="rows at a time; default: 100, or 32 on a CPU with convolutions and no batch norm: a third of the"
+        " memory",
     )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from fedpipe import io
 from fedpipe.aggregate import Terms, check_finite
-from fedpipe.client import Result
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import judge, not_finite
+from fedpipe.loop.client import Result
 from fedpipe.messages import Filed, Held, Message, all_finite, layout
 from fedpipe.runtime import Runtime
 from fedpipe.stopping import Watch

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fedpipe.aggregate import picked
-from fedpipe.client import Client, Result
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import attempt, judge, not_finite, over_budget, said
+from fedpipe.loop.client import Client, Result
 from fedpipe.memory.enforce import Witness
 from fedpipe.memory.parts import Parts
 from fedpipe.messages import Held, all_finite, layout, numbers, sizes

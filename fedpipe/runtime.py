@@ -14,20 +14,20 @@ from torch import Tensor
 
 from fedpipe import machine, methods
 from fedpipe.aggregate import cut
-from fedpipe.capture import programs
-from fedpipe.client import Client, Loop, Probe, batch_rows, fixed_batches
 from fedpipe.config import Run
 from fedpipe.context import Ctx, PlanCtx
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.io import canonical
+from fedpipe.loop.capture import programs
+from fedpipe.loop.client import Client, Loop, Probe, batch_rows, fixed_batches
+from fedpipe.loop.replay import replays
 from fedpipe.memory.choose import Chooser
 from fedpipe.memory.predictor import Predictor
 from fedpipe.models import chain as models
 from fedpipe.models import traits
 from fedpipe.recompute import Policy
 from fedpipe.records import changed
-from fedpipe.replay import replays
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
@@ -158,8 +158,9 @@ class Runtime:
     @property
     def evaluated_at_once(self) -> int:
         """Rows of a batch of evaluation: a rule of shapes and device, as it decides the order of the loss's sum. More
-        rows of maps leave a CPU's cache: they take memory and no less time."""
-        maps = self.device.type == "cpu" and traits.has_conv(self.build())
+        rows of maps leave a CPU's cache: they take memory and no less time. Where rows of a batch influence each other
+        their number is none of a machine's business."""
+        maps = self.device.type == "cpu" and traits.has_conv(self.build()) and not traits.batch_coupled(self.build())
         return self.run.evaluate.batch or (32 if maps else 100)
 
     def stack_key(self, samples: int, plan: Plan) -> int:

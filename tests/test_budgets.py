@@ -37,7 +37,7 @@ STUDY: dict[str, Any] = {
 }
 MINE = """
 import torch
-from fedpipe.client import default_begin
+from fedpipe.loop.client import default_begin
 from fedpipe.types import Method, Phase, Plan
 
 def by_ratio(ctx):

@@ -12,8 +12,8 @@ from engine import IID, SKEWED, Game, distance, equal, make_run
 
 from fedpipe import methods
 from fedpipe.aggregate import check, cut, mean
-from fedpipe.capture import PROGRAMS
 from fedpipe.errors import FedpipeError
+from fedpipe.loop.capture import PROGRAMS
 from fedpipe.rng import rng
 from fedpipe.route import needed_states
 from fedpipe.types import Plan, Tensors, Update, Window, matches, under

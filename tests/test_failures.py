@@ -20,7 +20,7 @@ from fedpipe.types import Method
 
 MINE = '''
 import torch
-from fedpipe.client import default_begin
+from fedpipe.loop.client import default_begin
 from fedpipe.types import Method, Plan
 
 def extra(value, client=2):

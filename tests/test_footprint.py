@@ -171,8 +171,9 @@ def test_rows_that_are_evaluated_at_once(root: Path) -> None:
     images: dict[str, Any] = {"model": {"name": "cnn"}, "rounds": 1}
     plain, maps = Game(make_run("fedavg", IID), root), Game(make_run("fedavg", **images), root)
     told = Game(make_run("fedavg", **images, evaluate={"batch": 7}), root)
+    coupled = Game(make_run("fedavg", model="preresnet20", rounds=1), root)  # by batch norm, to whoever is in the batch
     on_cpu = maps.opened.rt.device.type == "cpu"
-    sizes = [g.opened.rt.evaluated_at_once for g in (plain, maps, told)]
-    assert sizes == [100, 32 if on_cpu else 100, 7]
+    sizes = [g.opened.rt.evaluated_at_once for g in (plain, maps, told, coupled)]
+    assert sizes == [100, 32 if on_cpu else 100, 7, 100]
     a, b = (g.opened.point(0, g.world) for g in (maps, told))
     assert a["accuracy"] == b["accuracy"] and a["loss"] == pytest.approx(b["loss"], rel=1e-6)

@@ -11,13 +11,14 @@ import torch
 from engine import IID, SKEWED, Game, equal, make_run
 from torch import Tensor
 
-from fedpipe import fused, io
-from fedpipe.capture import Programs
-from fedpipe.client import Client, Loop
+from fedpipe import io
 from fedpipe.config import Local
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
-from fedpipe.lower import Sgd
+from fedpipe.loop import fused
+from fedpipe.loop.capture import Programs
+from fedpipe.loop.client import Client, Loop
+from fedpipe.loop.lower import Sgd
 from fedpipe.memory import Parts
 from fedpipe.models.chain import Chain
 from fedpipe.models.chain import load as load_model

@@ -11,18 +11,18 @@ from engine import IID, Game, distance, equal, make_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpipe import capture
-from fedpipe.capture import PROGRAMS, NotCaptured, Programs, trace
 from fedpipe.config import Study
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.local import run_study
-from fedpipe.lower import Sgd, lower
+from fedpipe.loop import capture
+from fedpipe.loop.capture import PROGRAMS, NotCaptured, Programs, trace
+from fedpipe.loop.lower import Sgd, lower
+from fedpipe.loop.straight import straight
 from fedpipe.memory import limit
 from fedpipe.memory.keep import keeping
 from fedpipe.methods.fedepth import phases
 from fedpipe.runtime import Runtime
-from fedpipe.straight import straight
 from fedpipe.types import Plan, Row
 
 SIDE = 16

@@ -182,7 +182,7 @@ def test_finite(dtype: torch.dtype) -> None:
 
 MINE = """
 import torch
-from fedpipe.client import default_begin
+from fedpipe.loop.client import default_begin
 from fedpipe.types import Method, Plan
 
 def keeps(at, ctx):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from fedpipe import io, methods
 from fedpipe.aggregate import cut
-from fedpipe.client import Client, Loop
 from fedpipe.config import Local, ModelSpec, Study
 from fedpipe.context import Ctx
 from fedpipe.data import dataset
 from fedpipe.local import Job, fresh, run_jobs
+from fedpipe.loop.client import Client, Loop
 from fedpipe.methodspec import MethodSpec
 from fedpipe.models.chain import Chain, load, windows
 from fedpipe.opened import rows_by_client

@@ -9,9 +9,10 @@ import torch
 from engine import IID, SKEWED, Game, distance, equal, make_run
 from torch import Tensor
 
-from fedpipe import capture, runtime
-from fedpipe.capture import Programs
-from fedpipe.replay import Replays
+from fedpipe import runtime
+from fedpipe.loop import capture
+from fedpipe.loop.capture import Programs
+from fedpipe.loop.replay import Replays
 
 FEDEPTH: dict[str, Any] = {"model": {"name": "preresnet20", "norm": "batch"}, "budgets": {"like_width": {"1/2": 6}}}
 MOMENTUM = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}}

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from cases import Case
 
-from fedpipe.capture import PROGRAMS
 from fedpipe.config import Study
 from fedpipe.data.dataset import Dataset
+from fedpipe.loop.capture import PROGRAMS
 from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth
 from fedpipe.runtime import Runtime

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fedpipe.errors import FedpipeError
+from fedpipe.loop.straight import Stage as CapturedStage
 from fedpipe.memory.parts import Record, Stage
 from fedpipe.memory.workspace import workspace
-from fedpipe.straight import Stage as CapturedStage
 
 
 def storage_bytes(storage: torch.UntypedStorage) -> int:

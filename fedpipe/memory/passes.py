@@ -8,17 +8,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedpipe.capture import NotCaptured
 from fedpipe.config import Optimizer
 from fedpipe.context import Ctx
-from fedpipe.lower import Sgd
+from fedpipe.loop.capture import NotCaptured
+from fedpipe.loop.lower import Sgd
+from fedpipe.loop.mover import optimizer
 from fedpipe.memory import played
 from fedpipe.memory import unit as eager
 from fedpipe.memory.predict import tensor_bytes
 from fedpipe.memory.script import Kind, Script, written
 from fedpipe.memory.unit import Pass, Run, Sample, Still, build, ordered, updated
 from fedpipe.models.chain import Chain
-from fedpipe.mover import optimizer
 from fedpipe.recompute import Policy
 from fedpipe.types import Patterns, Tensors, matches
 

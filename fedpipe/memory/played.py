@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fedpipe.lower import arg
+from fedpipe.loop.lower import arg
+from fedpipe.loop.straight import straight
 from fedpipe.memory.predict import Span, Trace, tensor_bytes
 from fedpipe.memory.script import Script
 from fedpipe.memory.unit import Pass, Still, Work
-from fedpipe.straight import straight
 
 
 class _Watch:

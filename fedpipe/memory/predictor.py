@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from fedpipe.client import Client
+from fedpipe.loop.client import Client
 from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.memory.predict import Span, Trace
 from fedpipe.memory.stretch import Ranges

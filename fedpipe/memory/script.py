@@ -1,5 +1,5 @@
-"""A unit's captured step, alone: its forward and backward are written down as a whole step's are (`fedpipe.capture`),
-between an input that comes from before it and a gradient that comes from behind."""
+"""A unit's captured step, alone: its forward and backward are written down as a whole step's are
+(`fedpipe.loop.capture`), between an input that comes from before it and a gradient that comes from behind."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from fedpipe.capture import mark, trace
-from fedpipe.lower import Sgd, arg, fresh, lower
+from fedpipe.loop.capture import mark, trace
+from fedpipe.loop.lower import Sgd, arg, fresh, lower
 from fedpipe.memory.unit import Run, Sample
 from fedpipe.types import Tensors
 

@@ -16,10 +16,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fedpipe.context import Ctx
-from fedpipe.localstep import LocalStep, Outcome
-from fedpipe.lower import Sgd, lower
-from fedpipe.replay import Arena
-from fedpipe.straight import Compiled, Stage, straight
+from fedpipe.loop.localstep import LocalStep, Outcome
+from fedpipe.loop.lower import Sgd, lower
+from fedpipe.loop.replay import Arena
+from fedpipe.loop.straight import Compiled, Stage, straight
 from fedpipe.tracing import fake_mode
 from fedpipe.types import Batch, Tensors
 

@@ -7,27 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedpipe.capture import Program, Programs
 from fedpipe.config import Local
 from fedpipe.errors import FedpipeError
 from fedpipe.kernels.common import Backend
-from fedpipe.localstep import LocalStep, Outcome
-from fedpipe.lower import LARGE
+from fedpipe.loop.capture import Program, Programs
+from fedpipe.loop.localstep import LocalStep, Outcome
+from fedpipe.loop.lower import LARGE
+from fedpipe.loop.mover import Mover, Slots
+from fedpipe.loop.prefix import Kept, laid
+from fedpipe.loop.replay import Replays
 from fedpipe.models.dropout import PREFIX, aside
-from fedpipe.mover import Mover, Slots
-from fedpipe.prefix import Kept, laid
-from fedpipe.replay import Replays
 from fedpipe.types import Batch, Method, Phase, Tensors, matches
 
 if TYPE_CHECKING:
-    from fedpipe.client import Client
+    from fedpipe.loop.client import Client
     from fedpipe.models.chain import Chain
 
 
 class PhaseRun:
     """One phase of one client or stack. kernel: what a fused step (`Phase.step`) runs by.
 
-    A step is captured where that can be done (`fedpipe.capture`), and plain SGD then moves the leaves within it.
+    A step is captured where that can be done (`fedpipe.loop.capture`), and plain SGD then moves the leaves within it.
     """
 
     def __init__(self, method: Method, chain: "Chain", local: Local, clients: "list[Client]", phase: Phase,

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fedpipe import tracing
 from fedpipe.config import Optimizer
-from fedpipe.fused import MOMENTUM, Fused
 from fedpipe.kernels.common import Backend
-from fedpipe.lower import Sgd
-from fedpipe.replay import Arena
+from fedpipe.loop.fused import MOMENTUM, Fused
+from fedpipe.loop.lower import Sgd
+from fedpipe.loop.replay import Arena
 from fedpipe.types import Step, Tensors
 
 Slots = dict[str, dict[str, Any]]  # optimizer state by name

@@ -15,16 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpipe.capture import Programs
 from fedpipe.config import Local
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
 from fedpipe.kernels.common import Backend
+from fedpipe.loop.capture import Programs
+from fedpipe.loop.mover import Slots
+from fedpipe.loop.phase import PhaseRun
+from fedpipe.loop.prefix import Kept
+from fedpipe.loop.replay import Replays
 from fedpipe.models.chain import Chain
-from fedpipe.mover import Slots
-from fedpipe.phase import PhaseRun
-from fedpipe.prefix import Kept
-from fedpipe.replay import Replays
 from fedpipe.seeding import seeded
 from fedpipe.types import PRIVATE, Batch, Method, Phase, Plan, Tensors, matches, select
 

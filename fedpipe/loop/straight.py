@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fedpipe.lower import in_place
+from fedpipe.loop.lower import in_place
 
 
 class Stage:

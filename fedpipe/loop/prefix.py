@@ -13,7 +13,7 @@ from torch import Tensor
 from fedpipe.types import Batch, Phase, Tensors
 
 if TYPE_CHECKING:
-    from fedpipe.client import Client
+    from fedpipe.loop.client import Client
     from fedpipe.models.chain import Chain
 
 Rows = NDArray[np.int64]
