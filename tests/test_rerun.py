@@ -113,7 +113,7 @@ def test_an_edit_runs_again_what_depends_on_it(tree: Tree) -> None:
 
 @pytest.mark.slow
 def test_a_comment_runs_nothing_again(tree: Tree) -> None:
-    for file in ("fedpipe/methods/heterofl.py", "fedpipe/client.py", "mine.py", "net.py", "fedpipe/steps/table.py"):
+    for file in ("fedpipe/methods/heterofl.py", "fedpipe/loop/client.py", "mine.py", "net.py", "fedpipe/steps/table.py"):
         text = (tree.root / file).read_text()
         assert tree.due_after(file, text, f"# A comment.\n{text}\n\n# Another.\n") == {}, file
 
