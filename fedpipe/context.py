@@ -28,6 +28,7 @@ class Ctx:
     classes: int
     round: int = 0
     client: int | None = None
+    plan: Plan | None = None  # of this client, at `begin` and `end`
     phase: Phase | None = None
     role: str = "train"  # train | eval | server
     lr: float = 0.0  # of this round and phase
@@ -36,6 +37,7 @@ class Ctx:
     chain: "Chain | None" = field(default=None, repr=False)
     aggregation: "Backend" = "auto"  # what `mean` runs by
     norm: "Backend" = "auto"  # what levels of recomputation run by
+    loss: str = "plain"  # whose classes count in `task`: plain | masked_batch | masked_client
     half: "torch.dtype | None" = None  # what layers of the training compute in; None: in their parameters' type
 
     def mean(self, state: Tensors, updates: "Iterable[Update]") -> Tensors:
@@ -82,9 +84,22 @@ class Ctx:
         return self.forward(at, x, prefix)[0]
 
     def task(self, logits: "Tensor", batch: Tensors) -> "Tensor":
-        """Cross-entropy of logits [n, classes] over the batch, weighted by `batch["w"]` (which sums to 1)."""
+        """Cross-entropy of logits [n, classes] over the batch, weighted by `batch["w"]` (which sums to 1).
+
+        With a masked loss logits of absent classes are 0 (HeteroFL, arXiv 2010.01264, and FeDepth's published code)."""
+        if self.loss != "plain" and self.role == "train":
+            logits = logits.masked_fill(~self._present(logits, batch), 0)
         right = logits.log_softmax(-1).gather(-1, batch["y"].unsqueeze(-1)).squeeze(-1)
         return -(right * batch["w"]).sum()
+
+    def _present(self, logits: "Tensor", batch: Tensors) -> "Tensor":
+        """Classes [classes] of the client, or of the rows of a batch that are no padding."""
+        import torch
+
+        if self.loss == "masked_client":
+            return batch["classes"]
+        each = batch["y"].unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
+        return (each & (batch["w"] > 0).unsqueeze(-1)).any(0)
 
     def rng(self, purpose: str) -> Any:
         return rng(self.seed, self.round, self.client, purpose)
@@ -137,6 +152,7 @@ class PlanCtx:
     window: Callable[[dict[str, Any]], tuple[Window, ...]] = field(repr=False)
     margin: float = 0.0
     at_round: int | None = None
+    scenario: str | None = None  # of the study's budgets
     refused: list[int] = field(default_factory=list, repr=False)  # bytes of the plans that did not fit
 
     @property
@@ -174,12 +190,26 @@ class PlanCtx:
         """The first of plans that fits the row's budget: the widest or the deepest, as they come; None: none does."""
         return next((fitted for plan in plans if (fitted := self.if_fits(plan)) is not None), None)
 
-    def fewest(self, build: "Callable[[Sequence[tuple[str, ...]]], Plan]") -> Plan | None:
+    def fewest(self, build: "Callable[[Sequence[tuple[str, ...]]], Plan]", skip: int = 0) -> Plan | None:
         """`build` of the fewest blocks of units whose phases fit the row's budget; None: a unit alone does not.
 
-        build gives each block a phase that trains its units and the head, and the stem with the first unit."""
+        build gives each block a phase that trains its units and a head, and the stem with the first unit. skip: so many
+        first units are in no block; build leaves them out of the client's model."""
         limit = self._limit
-        return build([self.choose.units]) if limit is None else self._or_refuse(self.choose.fewest(limit, build))
+        if limit is None:
+            return build([self.choose.units[skip:]])
+        return self._or_refuse(self.choose.fewest(limit, build, skip))
+
+    def head_of(self, unit: str) -> str:
+        """The head that is trained with a block that ends with a unit: its own exit, or the chain's."""
+        return self.choose.chain.head_of(unit)
+
+    @property
+    def skippable(self) -> int:
+        """How many of the first units give what they are given in shape, so that they can be left out."""
+        shapes, before = self.choose.chain.shapes, self.stem
+        same = [shapes[u] == shapes[before] for u in self.units]
+        return same.index(False) if False in same else len(same)
 
     def greedy(self) -> tuple[list[tuple[str, ...]], list[str]]:
         """FeDepth's published blocks for the row's ratio, and the units no block holds, whatever that is in bytes."""

@@ -48,7 +48,17 @@ def step_digest(step: str, run: Run | None = None, root: Path = ROOT) -> str:
     if run is not None and step in TRAINS:
         models = {name: builder.partition(":")[0] for name, builder in REGISTRY.items()}
         starts += [method_start(run.method.name, root), _start("model", run.model.name, models)]
+        if run.model.weights:
+            return digest(code_digest(*starts, root=root), _content(Path(run.model.weights)))
     return code_digest(*starts, root=root)
+
+
+def _content(path: Path) -> str:
+    """Digest of a file that a run begins with."""
+    try:
+        return digest(path.read_bytes())
+    except OSError as e:
+        raise FedpipeError(f"model.weights: no file {path}") from e
 
 
 def method_start(name: str, root: Path = ROOT) -> str | Path:

@@ -1,6 +1,7 @@
 """Evaluation of states: pooled over all test rows, and through each client's eyes."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +25,20 @@ def default_predict(at: Tensors, batch: Batch, ctx: Ctx) -> Tensors:
     return out
 
 
-def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx) -> dict[str, tuple[float, float]]:
-    """Mean loss and accuracy of each predicted column over rows [n], batch by batch."""
+def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx, train: Tensor) -> dict[str, tuple[float, float]]:
+    """Mean loss and accuracy of each predicted column over rows [n], batch by batch; train: rows that the statistics of
+    batch norms are of, where the study wants these."""
     predict = rt.method.predict or default_predict
     total: dict[str, np.ndarray] = {}
     layout = rt.layout(ctx.chain or rt.build())
-    with torch.no_grad(), seeded(0):
-        for part in rows.split(rt.evaluated_at_once):
-            batch = laid(rt.load(part.numpy(), len(part)), layout)
+
+    def batches(rows: Tensor) -> Iterator[Batch]:
+        return (laid(rt.load(part.numpy(), len(part)), layout) for part in rows.split(rt.evaluated_at_once))
+
+    with torch.no_grad(), seeded(0), rt.statistics.applied() if rt.statistics else nullcontext():
+        if rt.statistics and len(train):
+            rt.statistics.estimate(lambda batch: predict(at, batch, ctx), batches(train))
+        for batch in batches(rows):
             for column, z in predict(at, batch, ctx).items():
                 loss = torch.nn.functional.cross_entropy(z.double(), batch["y"], reduction="sum")
                 right = (z.argmax(1) == batch["y"]).sum()
@@ -39,11 +46,13 @@ def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx) -> dict[str, tuple[
     return {c: (float(s[0] / len(rows)), float(s[1] / len(rows))) for c, s in total.items()}
 
 
-def pooled(rt: Runtime, state: Tensors, rows: Tensor) -> tuple[float, float]:
-    """Loss and accuracy of a state's model over the pooled test rows [n]."""
+def pooled(rt: Runtime, state: Tensors, rows: Tensor, train: Tensor) -> tuple[float, float]:
+    """Loss and accuracy of a state's model over the pooled test rows [n]; train: all training rows."""
+    if rt.statistics:
+        rt.statistics.known.clear()  # of the states before
     at = rt.moved({f"in/{n}": t for n, t in state.items()})
     at |= default_begin(at, rt.ctx(role="eval"))
-    return scores(rt, at, rows, _eval_ctx(rt))["global"]
+    return scores(rt, at, rows, _eval_ctx(rt), train)["global"]
 
 
 def _eval_ctx(rt: Runtime, client: int | None = None) -> Ctx:
@@ -65,7 +74,7 @@ def client_scores(
         at |= rt.loop().train([rt.client(ctx, at, train)], plan)[0].at
     else:
         at |= (rt.method.begin or default_begin)(at, ctx)
-    return scores(rt, at, test, ctx)
+    return scores(rt, at, test, ctx, train)
 
 
 def columns(found: dict[str, tuple[float, float]], client: int | None, samples: int) -> Iterator[dict[str, Any]]:

@@ -80,6 +80,11 @@ class Local(Typed):
         description="keep: with fixed batches the output of units that are frozen is made once per phase, where"
         " the budget holds it; run: it is made for every batch",
     )
+    loss: Literal["plain", "masked_batch", "masked_client"] = Field(
+        "plain",
+        description="cross-entropy; masked: logits of classes that the batch, or the client's training rows, lack"
+        " are 0",
+    )
     schedule: Literal["constant", "cosine"] = Field("constant", description="of the learning rate over rounds")
     levels: dict[str, Annotated[int, Field(ge=0), NUMBER]] = Field(
         {}, description="how much units build again in the backward instead of saving it: {'b*': 1}"
@@ -106,6 +111,11 @@ class Evaluate(Typed):
         None,
         description="rows at a time; default: 100, or 32 on a CPU with convolutions and no batch norm: a third of the"
         " memory",
+    )
+    norm: Literal["batch", "train"] = Field(
+        "batch",
+        description="batch norms that keep no statistics: by each batch's own, or by those of the training rows (of the"
+        " client's own for its own model), which a real server does not see",
     )
 
 
@@ -134,6 +144,7 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "preresnet20"
+    weights: str | None = Field(None, description="safetensors file that gives first values; heads may be others")
 
 
 def as_model(value: Any) -> Any:

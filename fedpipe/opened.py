@@ -116,11 +116,12 @@ class Opened:
         validation rows, where the study has some)."""
         newest = sorted({n.split("@")[0]: n for n in sorted(world.states, key=_version)}.values())
         point: dict[str, Any] = {"round": t}
+        train = torch.cat(list(self.training.values())).sort().values
         for prefix, shares in (("", self.testing), ("val_", self.validation)):
             rows = torch.cat(list(shares.values())).sort().values
             if prefix and not len(rows):
                 continue
-            found = np.mean([pooled(self.rt, world.states[n], rows) for n in newest], axis=0)
+            found = np.mean([pooled(self.rt, world.states[n], rows, train) for n in newest], axis=0)
             point |= {f"{prefix}loss": float(found[0]), f"{prefix}accuracy": float(found[1])}
             point |= {f"{prefix}samples": len(rows)}
         return point

@@ -11,7 +11,8 @@ from fedpipe.io import canonical
 from fedpipe.memory.parts import KINDS, Parts
 from fedpipe.types import Phase, Plan, Step, Window, matches
 
-_PATTERNS = ("live", "down", "up", "fixed", "hold", "keep", "reply")
+_PATTERNS = ("live", "still", "down", "up", "fixed", "hold", "keep", "reply")
+_OF_PHASES = ("live", "still")
 _STEP = pa.struct([(p, pa.string()) for p in ("mask", "variate", "anchor")] + [("mu", pa.float64())])
 _LEVELS = pa.list_(pa.struct([("units", pa.string()), ("level", pa.int32())]))
 _AGAIN = pa.list_(pa.struct([("first", pa.string()), ("last", pa.string())]))
@@ -51,8 +52,9 @@ def key(plan: Plan) -> str:
 
 
 def trained_units(phase: Phase, names: tuple[str, ...], tensors: tuple[str, ...]) -> list[str]:
-    """Units of which at least one tensor is live."""
-    return [u for u in names if any(t.startswith(f"{u}.") and matches(f"model/{t}", phase.live) for t in tensors)]
+    """Units of which at least one tensor is trained."""
+    live = [t for t in tensors if matches(f"model/{t}", phase.live) and not matches(f"model/{t}", phase.still)]
+    return [u for u in names if any(t.startswith(f"{u}.") for t in live)]
 
 
 def plan_rows(
@@ -61,11 +63,11 @@ def plan_rows(
     """Rows of `plans.parquet`, one per plan and phase."""
     rows = []
     for pid, plan in plans.items():
-        shared: dict[str, Any] = {p: list(getattr(plan, p)) for p in _PATTERNS if p != "live"}
+        shared: dict[str, Any] = {p: list(getattr(plan, p)) for p in _PATTERNS if p not in _OF_PHASES}
         shared |= {"index": [dataclasses.asdict(w) for w in plan.index], "weight": plan.weight}
         for i, (phase, parts) in enumerate(zip(plan.phases, predicted(plan), strict=True)):
             own = dataclasses.asdict(phase) | {
-                "live": list(phase.live),
+                **{p: list(getattr(phase, p)) for p in _OF_PHASES},
                 "levels": [{"units": u, "level": n} for u, n in phase.levels],
                 "again": [{"first": a, "last": b} for a, b in phase.again],
             }
@@ -89,7 +91,8 @@ def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], 
         rows.sort(key=lambda r: r["phase"])
         words: list[dict[str, Any]] = [
             {w: r[w] for w in phase_words}
-            | {"live": tuple(r["live"]), "step": Step(**r["step"]) if r["step"] else None}
+            | {p: tuple(r[p]) for p in _OF_PHASES}
+            | {"step": Step(**r["step"]) if r["step"] else None}
             | {p: tuple(tuple(pair.values()) for pair in r[p]) for p in ("levels", "again")}
             for r in rows
         ]
@@ -97,7 +100,7 @@ def read_plans(table: pa.Table) -> tuple[dict[str, Plan], dict[tuple[str, int], 
         r = rows[0]
         plans[pid] = Plan(
             phases=phases,
-            **{p: tuple(r[p]) for p in _PATTERNS if p != "live"},
+            **{p: tuple(r[p]) for p in _PATTERNS if p not in _OF_PHASES},
             index=tuple(Window(**w) for w in r["index"]),
             model=tuple(json.loads(r["model"]).items()),
             weight=r["weight"],

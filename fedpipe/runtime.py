@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from fedpipe.loop.replay import replays
 from fedpipe.memory.choose import Chooser
 from fedpipe.memory.predictor import Predictor
 from fedpipe.models import chain as models
-from fedpipe.models import traits
+from fedpipe.models import traits, weights
+from fedpipe.models.statistics import Statistics
 from fedpipe.recompute import Policy
 from fedpipe.records import changed
 from fedpipe.rng import key, rng
@@ -52,6 +54,7 @@ class Runtime:
         self._built: dict[Settings, models.Chain] = {}
         self._layouts: dict[Hashable, torch.memory_format] = {}
         self._weights: dict[tuple[int, int], Tensor] = {}
+        self.statistics = Statistics(self.build()) if run.evaluate.norm == "train" else None
         self._checked: set[tuple[Settings, Policy]] = set()
 
     def build(self, settings: Settings = ()) -> models.Chain:
@@ -62,9 +65,13 @@ class Runtime:
 
     def _build(self, settings: Settings) -> models.Chain:
         with seeded(key(self.run.seed, None, None, "init") % 2**63):
-            chain = models.load(self.run.model, self.data.shape, self.data.classes, **dict(settings))
+            chain = models.load(
+                self.run.model, self.data.shape, self.data.classes, **self.method.model, **dict(settings)
+            )
         run, data = self.run, self.data
-        what = canonical([run.model.model_dump(mode="json"), settings, data.shape, data.classes, run.precision])
+        what = canonical(
+            [run.model.model_dump(mode="json"), self.method.model, settings, data.shape, data.classes, run.precision]
+        )
         chain.key = what, str(self.device), models.builder(run.model.name)
         return chain.to(dtype=self.dtype, device=self.device)
 
@@ -78,6 +85,8 @@ class Runtime:
     def first_state(self) -> Tensors:
         """State 0: `model/*` drawn from the seed, and what the method's `init` adds. States live on the CPU."""
         model = {f"model/{n}": t.detach().cpu().clone() for n, t in self.build().state_dict().items()}
+        if self.run.model.weights:
+            model = weights.taken(model, self.build(), Path(self.run.model.weights))
         state = self.method.init(model, self.ctx(role="server")) if self.method.init else model
         return dict(sorted(state.items()))  # one order of names, in memory as in files
 
@@ -97,6 +106,7 @@ class Runtime:
             samples=samples,
             aggregation=self.run.kernel("aggregate"),
             norm=self.run.kernel("norm"),
+            loss=self.run.local.loss,
             half=torch.bfloat16 if self.run.precision == "bfloat16" else None,
         )
 
@@ -136,6 +146,7 @@ class Runtime:
             window=lambda build: self.windows(tuple(build.items())),
             margin=self.run.margin,
             at_round=round,
+            scenario=self.run.budgets.scenario,
         )
 
     @cached_property
@@ -213,7 +224,16 @@ class Runtime:
             load_stack=self.load_stack,
             noise=lambda index, step: rng(seed, t, i, f"{ctx.role}/draw/{index}/{step}"),
             seed=key(seed, t, i, f"{ctx.role}/layers") % 2**63,
+            always=self.always(rows),
         )
+
+    def always(self, rows: Tensor) -> Tensors:
+        """What every batch of a client with these rows [n] has besides them."""
+        if self.run.local.loss != "masked_client":
+            return {}
+        found = torch.zeros(self.data.classes, dtype=torch.bool)
+        found[self.data.y[rows]] = True
+        return {"classes": found.to(self.device)}
 
     def load(self, rows: NDArray[np.int64], size: int) -> Batch:
         """Rows as a batch: x, y and weights that sum to 1; padded to `size` with rows of weight 0."""

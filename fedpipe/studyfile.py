@@ -64,9 +64,26 @@ def _override(raw: dict[str, Any], item: str) -> None:
     node[last] = _parse(text, f"--set {item}")
 
 
+def _scaled(raw: dict[str, Any], overrides: list[str], path: Path) -> dict[str, Any]:
+    """The keys with those of the chosen of `scales` in their place, groups of keys merged; the study is named by it."""
+    scales, chosen = raw.pop("scales", {}), raw.pop("scale", None)
+    named = [i.partition("=")[2] for i in overrides if i.startswith("scale=")]
+    chosen = _parse(named[-1], "--set scale") if named else chosen
+    if not scales and chosen is None:
+        return raw
+    if not isinstance(scales, dict) or not isinstance(scales.get(chosen), dict):
+        known = ", ".join(map(str, scales)) if scales and isinstance(scales, dict) else "none"
+        raise FedpipeError(f"{path}: scale: {chosen}; the study has {known}")
+    groups = {
+        k: {**raw[k], **v} for k, v in scales[chosen].items() if isinstance(v, dict) and isinstance(raw.get(k), dict)
+    }
+    return {**raw, **scales[chosen], **groups, "name": f"{raw.get('name')}-{chosen}"}
+
+
 def read(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The keys of a study file, each override `dotted.key=value` (its value read as YAML) in place of the file's own.
 
+    A file with `scales: {small: {rounds: 20, ...}, paper: {...}}` is run at its `scale`, or that of an override.
     Raises FedpipeError, naming the file and key, for what cannot be read.
     """
     if not path.is_file():
@@ -75,7 +92,8 @@ def read(path: Path, overrides: list[str]) -> dict[str, Any]:
     raw = _parse(path.read_bytes(), str(path))
     if not isinstance(raw, dict):
         raise FedpipeError(f"{path}: wanted a group of keys (name, data, model, methods, ...)")
-    for item in overrides:
+    raw = _scaled(raw, overrides, path)
+    for item in (i for i in overrides if not i.startswith("scale=")):
         _override(raw, item)
     return {k: _numbers(v, str(k), str(path)) for k, v in raw.items()}
 

@@ -75,6 +75,7 @@ class Phase:
 
     name: str = "train"
     live: Patterns = ("model/*",)
+    still: Patterns = ()  # of the live names, those whose gradient is 0: they move by momentum and weight decay alone
     epochs: int | None = None  # None: the study's local.epochs
     steps: int | None = None  # instead of epochs
     data: str = "train"
@@ -152,21 +153,24 @@ class Update:
     index: tuple[Window, ...] = ()
 
 
-Batch = dict[str, "Tensor"]  # x, y, and w: weights that sum to 1, 0 on padding
+# x, y, and w: weights that sum to 1, 0 on padding; with `local.loss: masked_client` classes: which the client has
+Batch = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
 class Method:
     """A federated method: pure functions, each `None` where FedAvg's default serves.
 
-    h          hyper-parameters with their defaults; a study's settings replace them
+    h          hyper-parameters with their defaults; a study's settings replace them. A tuple: all that one may be, the
+               default first
     by_round   the plan reads `ctx.round`
+    model      keywords that the study's network is built with for this method: `{"exits": True}`
     plan       (ctx: PlanCtx) -> Plan | None: None when the client's budget is too small to take part
     route      (ctx: RouteCtx) -> rows in order of rounds
     init       (model, ctx) -> state 0, given its `model/*`
     begin      (at, ctx) -> names worked on, from `in/* re/* own/*`; once per client and round
     draw       (gen, at, batch, ctx) -> every random tensor a step needs; outside vmap
-    loss       (at, batch, ctx) -> value, or (value, names it changed)
+    loss       (at, batch, ctx) -> value, or (value, names it changed); or a dict of such, by the names of phases
     direction  (grad, at, batch, ctx) -> (d per live name, other names changed)
     end        (at, ctx) -> (sent besides plan.up, own/* kept)
     aggregate  (state, updates, ctx) -> next state; updates arrive one by one and can be read once
@@ -176,15 +180,20 @@ class Method:
 
     name: str = ""  # its file's, given when it is loaded
     h: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     by_round: bool = False
     plan: "Callable[[PlanCtx], Plan | None] | None" = None
     route: "Callable[[RouteCtx], Iterator[Train | Mix]] | None" = None
     init: "Callable[[Tensors, Ctx], Tensors] | None" = None
     begin: "Callable[[Tensors, Ctx], Tensors] | None" = None
     draw: "Callable[[np.random.Generator, Tensors, Batch, Ctx], Tensors] | None" = None
-    loss: "Callable[[Tensors, Batch, Ctx], Any] | None" = None
+    loss: "Callable[[Tensors, Batch, Ctx], Any] | dict[str, Callable[[Tensors, Batch, Ctx], Any]] | None" = None
     direction: "Callable[..., tuple[Tensors, Tensors]] | None" = None
     end: "Callable[[Tensors, Ctx], tuple[Tensors, Tensors]] | None" = None
     aggregate: "Callable[[Tensors, Iterable[Update], Ctx], Tensors] | None" = None
     finish: "Callable[[PlanCtx], Plan | None] | None" = None
     predict: "Callable[[Tensors, Batch, Ctx], Tensors] | None" = None
+
+    def loss_in(self, phase: Phase) -> "Callable[[Tensors, Batch, Ctx], Any] | None":
+        """The loss of a phase; None: the default."""
+        return self.loss.get(phase.name) if isinstance(self.loss, dict) else self.loss

@@ -312,3 +312,22 @@ def test_debug_shows_the_traceback(study: Path) -> None:
     ]
     assert said[0].returncode == 2 and said[0].stderr.count("\n") == 1 and not said[0].stdout
     assert said[1].returncode != 0 and "Traceback" in said[1].stderr and "FedpipeError" in said[1].stderr
+
+
+def test_a_study_is_run_at_one_of_its_scales(study: Path, refused: Refused) -> None:
+    scaled = {
+        **TINY,
+        "scale": "small",
+        "scales": {"small": {"rounds": 1, "data": {"rows": 60}}, "paper": {"rounds": 500}},
+    }
+    study.write_text(yaml.safe_dump(scaled))
+    small, paper = load_study(study), load_study(study, ["scale=paper", "cohort=2"])
+    assert (small.rounds, small.data.rows, small.data.partition) == (
+        1,
+        60,
+        load_study(study, ["scale=paper"]).data.partition,
+    )
+    assert (paper.rounds, paper.cohort, paper.name) == (500, 2, f"{TINY['name']}-paper")
+    assert "scale: large; the study has paper, small" in refused("run", str(study), "--set", "scale=large")
+    study.write_text(yaml.safe_dump(TINY))
+    assert "scale: small; the study has none" in refused("run", str(study), "--set", "scale=small")

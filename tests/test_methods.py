@@ -23,6 +23,7 @@ IDENTITIES: dict[str, tuple[dict[str, Any], str, tuple[str, ...], dict[str, Any]
     "fedavg": ({}, "fedavg", ("*",), {}),
     "fedprox": ({"mu": 0.0}, "fedavg", ("*",), {}),
     "fedepth": ({}, "fedavg", ("*",), {}),  # nobody has a limit: one block
+    "fedepth_mhead": ({}, "fedavg", ("*", "!exit_*"), {}),
     "heterofl": ({}, "fedavg", ("*",), {}),  # nobody has a limit: full width
     "scaffold": ({}, "fedavg", ("*",), {"rounds": 1}),  # until the first round has made control variates
     "fedbabu": ({}, "fedavg", ("*", "!head.*"), ONE_STEP),

@@ -1,112 +1,31 @@
 """Methods through the real step files against straight-line re-statements of their papers, in float64."""
 
-import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from oracles import draws, fedepth, heterofl, plain, scaffold
+from played import CLOSE, Played, apart, as_list, local, play
 from torch import Tensor, nn
 
 from fedpipe import io, methods
 from fedpipe.aggregate import cut
-from fedpipe.config import Local, ModelSpec, Study
+from fedpipe.config import Local, ModelSpec
 from fedpipe.context import Ctx
-from fedpipe.data import dataset
-from fedpipe.local import Job, fresh, run_jobs
 from fedpipe.loop.client import Client, Loop
 from fedpipe.methodspec import MethodSpec
 from fedpipe.models.chain import Chain, load, windows
-from fedpipe.opened import rows_by_client
-from fedpipe.paths import RunPaths, StudyPaths
-from fedpipe.plans import read_plans
 from fedpipe.rng import rng
-from fedpipe.runtime import Runtime
 from fedpipe.seeding import seeded
-from fedpipe.types import Method, Tensors, Update, matches
-
-CLOSE = 1e-12
-SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
-
-
-# ------------------------------------------------------------------------------------------- the engine's side
-class Played:
-    """A run that went through its steps: its files, read as plain tensors."""
-
-    def __init__(self, paths: RunPaths):
-        self.paths, self.run = paths, paths.run
-        self.data = dataset.load(paths.data)
-        shares = io.read_table(paths.partition)
-        self.rows, self.test_rows = rows_by_client(shares, "train"), rows_by_client(shares, "test")
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (self.data.mean, self.data.std))
-        return (self.data.x[rows].double() / 255 - mean) / std, self.data.y[rows]
-
-    def batches(self, t: int, client: int, phase: int = 0) -> list[tuple[Tensor, Tensor]]:
-        local = self.run.local
-        drawn = draws.batches(self.run.seed, t, client, self.rows[client], local.batch, local.epochs, phase)
-        return [self.batch(rows) for rows in drawn]
-
-    def cohorts(self) -> list[list[int]]:
-        clients = self.run.data.partition.clients
-        return [draws.cohort(self.run.seed, t, clients, self.run.cohort) for t in range(self.run.rounds)]
-
-    def state(self, t: int, prefix: str = "model/") -> Tensors:
-        tensors = io.read_tensors(self.paths.state(t) / f"server@{t}.safetensors")[0]
-        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-    def mlp(self, t: int, prefix: str = "model/") -> plain.Weights:
-        return as_list(self.state(t, prefix))
-
-    def samples(self, cohort: Iterable[int]) -> list[int]:
-        return [len(self.rows[i]) for i in cohort]
-
-
-def as_list(state: Tensors) -> plain.Weights:
-    """[W1, b1, W2, ...] of the package's MLP."""
-    hidden = sorted({n.split(".")[0] for n in state} - {"stem", "head"})
-    return [state[f"{u}.1.{kind}"] for u in ("stem", *hidden, "head") for kind in ("weight", "bias")]
-
-
-def play(root: Path, every: int | None = None, prediction: Path | None = None, until: str = "segment",
-         **keys: Any) -> Played:  # fmt: skip
-    """Run the steps of a one-method, one-seed study up to a step; steps that are done in `root` are left."""
-    study = Study.model_validate({"name": "oracle", "precision": "float64", "device": "cpu", **keys})
-    paths = StudyPaths(root, study)
-    paths.write_specs()
-    (p,) = paths.runs
-    for job in run_jobs(p, every or study.rounds):
-        if job.step == "evaluate" and until != "evaluate":
-            break
-        _do(job, prediction)
-    return Played(p)
-
-
-def _do(job: Job, prediction: Path | None) -> None:
-    reads = {k: prediction if k == "prediction" and prediction else v for k, v in job.reads.items()}
-    if (job.step == "measure" and prediction) or (job.step in ("data", "partition") and fresh(job)):
-        return
-    importlib.import_module(f"fedpipe.steps.{job.step}").run(**reads, **job.writes)
-
-
-def apart(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Largest difference of any two entries."""
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
-
+from fedpipe.types import Method, Tensors, Update
 
 # --------------------------------------------------------------------------------------------------- FedAvg &c.
 FIVE = {"name": "digits", "rows": 200, "size": 8, "partition": {"kind": "dirichlet", "alpha": 0.5, "clients": 5}}
 SIX = {**FIVE, "partition": {"kind": "dirichlet", "alpha": 0.5, "clients": 6}}
 MLP = {"model": {"name": "mlp", "hidden": [12, 10]}, "rounds": 2, "cohort": 3}
-
-
-def local(epochs: int = 1, batch: int = 16, **optimizer: float) -> dict[str, Any]:
-    return {"epochs": epochs, "batch": batch, "optimizer": optimizer or SGD}
 
 
 def test_fedavg(root: Path) -> None:
@@ -311,103 +230,8 @@ def test_slim_preresnet_computes_with_the_first_channels(rate: float) -> None:
     with torch.no_grad():
         for training in (True, False):
             net = fedepth.Net(1, 10, sizes, rate if training else 1.0)
-            net.put({o: state[f"model/{n}"][tuple(slice(k) for k in net.w[o].shape)] for o, n in NAMES.items()})
+            net.put(
+                {o: state[f"model/{n}"][tuple(slice(k) for k in net.w[o].shape)] for o, n in fedepth.names().items()}
+            )
             z = torch.func.functional_call(slim.train(training), held, (x,))
             assert float((z - net(x)).abs().max()) <= CLOSE * float(z.abs().max())
-
-
-# ------------------------------------------------------------------------------------------------------ FeDepth
-NAMES = fedepth.names()
-BUDGETS = ("10.5MiB", "12MiB", "15MiB", "20MiB")  # at batch 64 on 8x8 pixels in float64
-DEPTH = {"model": "preresnet20", "methods": ["fedepth"], "rounds": 2}
-DIGITS = {"name": "digits", "rows": 240, "size": 8}
-
-
-@pytest.fixture(scope="module")
-def four(root: Path) -> Played:
-    """Four clients, one per budget, all taking part."""
-    data = {**DIGITS, "partition": {"kind": "dirichlet", "alpha": 0.1, "clients": 4, "min_samples": 8}}
-    budgets = {"bytes": dict.fromkeys(BUDGETS, 1)}
-    how = {**local(1, batch=64), "schedule": "cosine"}
-    return play(root, data=data, cohort=4, local=how, budgets=budgets, **DEPTH)
-
-
-def blocks_of(got: Played, client: int) -> list[list[int]]:
-    """Layer numbers of each of a client's blocks, from its plan's file."""
-    (plan,) = {r["plan"] for r in io.read_table(got.paths.assignment).to_pylist() if r["client"] == client}
-    phases = [r for r in io.read_table(got.paths.plans).to_pylist() if r["plan"] == plan]
-    out = []
-    for row in sorted(phases, key=lambda r: r["phase"]):
-        assert ("stem" in row["trains"]) == (row["phase"] == 0) and row["trains"][-1] == "head"
-        out.append([int(u[1:]) for u in row["trains"] if u not in ("stem", "head")])
-    assert [k for block in out for k in block] == list(range(1, 10)), "blocks cut the chain in depth order"
-    return out
-
-
-def as_net(state: Tensors) -> dict[str, Tensor]:
-    return {own: state[name] for own, name in NAMES.items()}
-
-
-def restated(got: Played, lrs: Sequence[float], batches: Callable[[int, int, int], list[tuple[Tensor, Tensor]]],
-             clients: Sequence[int], carry: bool = True) -> dict[str, Tensor]:  # fmt: skip
-    """The server's model after two rounds by the oracle."""
-    blocks = {i: blocks_of(got, i) for i in clients}
-    w, net = as_net(got.state(0)), fedepth.Net(got.data.shape[0], got.data.classes)
-    for t in range(2):
-        uploads = [
-            fedepth.client(w, net, blocks[i], lambda j, t=t, i=i: batches(t, i, j), lrs[t], 0.9, 5e-4, carry)
-            for i in clients
-        ]
-        w = fedepth.mean(uploads, got.samples(clients))
-    return w
-
-
-def agree(w: dict[str, Tensor], got: Played) -> None:
-    start, end = as_net(got.state(0)), as_net(got.state(2))
-    # block 1's norm undoes the scale and shift of the stem's, which only decay moves
-    assert all(float((end[n] - start[n]).abs().max()) > 1e-4 for n in w if not n.startswith("first norm"))
-    worst = {n: float((w[n] - end[n]).abs().max()) for n in w}
-    assert max(worst.values()) <= CLOSE, max(worst, key=worst.__getitem__)
-
-
-def test_fedepth_budgets_give_four_plans(four: Played) -> None:
-    blocks = [blocks_of(four, i) for i in range(4)]
-    assert len({str(b) for b in blocks}) == 4
-    assert len(blocks[0]) >= 3 and len(blocks[3]) == 1
-
-
-@pytest.mark.parametrize("group", range(4))
-def test_fedepth_of_one_client_with_a_full_batch(root: Path, four: Played, group: int) -> None:
-    """Rows are taken in the file's order: in a full batch the engine's own order does not matter."""
-    data = {**DIGITS, "rows": 16, "partition": {"kind": "iid", "clients": 1}}
-    got = play(root, data=data, cohort=1, local=local(2, batch=64), budgets={"bytes": {BUDGETS[group]: 1}},
-               prediction=four.paths.prediction, **DEPTH)  # fmt: skip
-    assert blocks_of(got, 0) == blocks_of(four, group)
-    assert len(got.rows[0]) <= 64
-    rows = got.batch(got.rows[0])
-    w = restated(got, [0.05, 0.05], lambda t, i, j: [rows, rows], [0])
-    agree(w, got)
-    if group == 0:
-        fresh_head = restated(got, [0.05, 0.05], lambda t, i, j: [rows, rows], [0], carry=False)
-        assert apart(list(w.values()), list(fresh_head.values())) > 1e-3, "the head's momentum must be seen to go on"
-
-
-def test_fedepth_of_four_groups(four: Played) -> None:
-    samples = four.samples(range(4))
-    assert min(samples) < 64 < max(samples) and max(samples) % 64, "batches of one, several, and a shorter last one"
-    agree(restated(four, [0.05, 0.025], lambda t, i, j: four.batches(t, i, j), range(4)), four)
-
-
-def test_fedepth_freezes_what_a_phase_does_not_train(four: Played) -> None:
-    """The loop stopped after each phase: units outside the next phase are the same bits after it."""
-    rt = Runtime(four.run, four.data)
-    plan = read_plans(io.read_table(four.paths.plans))[0]["p0"]
-    ends = []
-    for count in range(1, len(plan.phases) + 1):
-        part = replace(plan, phases=plan.phases[:count])
-        person = rt.client(rt.ctx(0, 0), rt.received(part, rt.state0), four.rows[0])
-        ends.append(rt.loop().train([person], part)[0].sent)
-    assert len(ends) == 4
-    for before, after, phase in zip([rt.state0, *ends], ends, plan.phases, strict=False):
-        live = {n for n in after if matches(n, phase.live)}
-        assert all(torch.equal(before[n], after[n]) == (n not in live) for n in after)

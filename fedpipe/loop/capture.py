@@ -95,15 +95,15 @@ class Programs:
 
     def due(self, key: Hashable, step: LocalStep, batch: Batch) -> bool:
         """Whether a step has run so often that writing it down pays: jobs of a round may end before."""
-        whole = (key, step.live, step.stacked, _signature(batch))
+        whole = (key, step.live, step.still, step.stacked, _signature(batch))
         self._waits[whole] = self._waits.get(whole, 0) + 1
         return self.compiled or self._waits[whole] > PATIENCE
 
     def find(self, key: Hashable, step: LocalStep, at: Tensors, buffers: Tensors, batch: Batch, ctx: Ctx,
              sgd: Sgd | None) -> Program | None:  # fmt: skip
         """The program of a step, captured where it is not known; None where it cannot be captured."""
-        hooks = step.method.loss, step.method.direction
-        whole = (key, hooks, step.live, step.stacked, sgd, bool(buffers), _signature(at), _signature(batch))
+        hooks = step.loss, step.method.direction
+        whole = (key, hooks, step.live, step.still, step.stacked, sgd, bool(buffers), _signature(at), _signature(batch))
         known = self.known.setdefault(whole, [])
         for program in known:
             if program is None or all(getattr(ctx, n) == v for n, v in program.facts.items()):
@@ -139,7 +139,7 @@ def _signature(tensors: Tensors) -> tuple[Any, ...]:
 def _capture(step: LocalStep, at: Tensors, buffers: Tensors, batch: Batch, ctx: Ctx, sgd: Sgd | None,
              compiled: bool) -> Program:  # fmt: skip
     seen, names = watched(ctx), tuple(at)
-    step = LocalStep(step.method, step.live, step.stacked, turn=mark)
+    step = LocalStep(step.method, step.loss, step.live, step.still, step.stacked, turn=mark)
     parts: dict[str, tuple[str, ...]] = {}
 
     def flat(*given: Tensor) -> list[Tensor]:
@@ -153,7 +153,7 @@ def _capture(step: LocalStep, at: Tensors, buffers: Tensors, batch: Batch, ctx: 
     changed, d = parts["changed"], parts["direction"]
     graph = module.graph
     inputs: list[Node] = [n for n in graph.nodes if n.op == "placeholder"]
-    moves = sgd is not None and set(d) <= set(step.live)
+    moves = sgd is not None and set(d) <= {*step.live, *step.still}
     place = {n: inputs[i] for i, n in enumerate(names)}
     slots = dict(zip(buffers, inputs[len(names) + len(batch) :], strict=True))
     leaves = [(place[n], slots.get(n)) for n in d]

@@ -41,6 +41,7 @@ class Client:
     load: Callable[[Any, int], Batch]  # (rows, padded size) -> batch
     noise: Callable[[int, int], np.random.Generator]  # (phase, step) -> its draws; padding draws after the rows
     seed: int = 0  # of layers that draw by themselves
+    always: Tensors = field(default_factory=dict)  # part of every batch
     # of all clients of a stack at once, where it can: (rows, padded size, an x to write over)
     load_stack: Callable[[list[Any], int, Tensor | None], Batch] | None = None
 
@@ -108,7 +109,7 @@ class Loop:
 
     def _begin(self, client: Client, plan: Plan, chain: Chain) -> Tensors:
         begin = self.method.begin
-        ctx = replace(client.ctx, chain=chain) if begin else client.ctx
+        ctx = replace(client.ctx, chain=chain, plan=plan) if begin else client.ctx
         at = {**client.at, **(begin or default_begin)(client.at, ctx)}
         absent = [n for n in chain.tensor_names if f"model/{n}" not in at]
         if absent:
@@ -121,7 +122,9 @@ class Loop:
         at = {n: t.contiguous() for n, t in at.items()}
         extra, kept = dict[str, Tensor](), dict[str, Tensor]()
         if self.method.end:
-            extra, kept = self.method.end(at, replace(client.ctx, chain=chain, steps=sum(p[0] for p in phases)))
+            extra, kept = self.method.end(
+                at, replace(client.ctx, chain=chain, plan=plan, steps=sum(p[0] for p in phases))
+            )
         sent = {**{n: t for n, t in at.items() if matches(n, plan.up)}, **extra}
         private = [n for n in sent if n.startswith(PRIVATE)]
         if private:

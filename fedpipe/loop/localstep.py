@@ -9,6 +9,7 @@ from torch import Tensor
 from fedpipe.context import Ctx, Grad
 from fedpipe.types import Batch, Method, Tensors
 
+Loss = Callable[[Tensors, Batch, Ctx], Any]
 Outcome = tuple[Tensor | None, Tensors, Tensors]  # value, names changed, direction by live name
 
 
@@ -20,21 +21,24 @@ def default_loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
 class LocalStep:
     """The step of a method for live names. A stack's hooks are vmapped; autograd runs around the vmapped loss.
 
+    loss: the phase's, None for the default; still: of the live names, those whose gradient is 0;
     turn: called between the forward and the backward.
     """
 
-    def __init__(self, method: Method, live: tuple[str, ...], stacked: bool, turn: Callable[[], None] | None = None):
-        self.method, self.live, self.stacked, self.turn = method, live, stacked, turn
+    def __init__(self, method: Method, loss: Loss | None, live: tuple[str, ...], still: tuple[str, ...], stacked: bool,
+                 turn: Callable[[], None] | None = None):  # fmt: skip
+        self.method, self.loss, self.stacked, self.turn = method, loss or default_loss, stacked, turn
+        self.still, self.live = still, tuple(n for n in live if n not in still)
         self.ask = True  # whether `direction` asks for the gradient at the current point
 
     def __call__(self, at: Tensors, batch: Batch, ctx: Ctx) -> Outcome:
         leaves = {n: at[n].detach().requires_grad_() for n in self.live}
         value, changed, grads = self._gradient({**at, **leaves}, batch, ctx, leaves)
         d, more = self._direction({**at, **leaves}, batch, ctx, grads)
-        return value, {**changed, **more}, d
+        return value, {**changed, **more}, {**d, **{n: torch.zeros_like(at[n]) for n in self.still}}
 
     def _loss(self, at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
-        out = (self.method.loss or default_loss)(at, batch, ctx)
+        out = self.loss(at, batch, ctx)
         return out if isinstance(out, tuple) else (out, {})
 
     def _gradient(

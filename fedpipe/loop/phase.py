@@ -45,6 +45,8 @@ class PhaseRun:
         # whether a batch may be written over the one before
         self.over = self.stacked and not phase.since and bool(clients[0].load_stack)
         self.used: Tensor | None = None  # images of the step before, which nothing reads any more
+        each = [c.always for c in clients]
+        self.always = {n: torch.stack([e[n] for e in each]) for n in each[0]} if self.stacked else each[0]
         self.found: dict[tuple[int, int], Program | None] = {}  # by what differs between the steps of a phase
 
     @torch.no_grad()
@@ -66,7 +68,8 @@ class PhaseRun:
         if arena:
             mover.place(arena)
         self.arena = arena
-        step = LocalStep(self.method, tuple(live), self.stacked)
+        still = tuple(n for n in live if matches(n, self.phase.still))
+        step = LocalStep(self.method, self.method.loss_in(self.phase), tuple(live), still, self.stacked)
         # a large weight moves otherwise in a captured step
         self.patient &= mover.sgd is None or all(t.nbytes < LARGE for t in leaves.values())
         first = last = torch.zeros(())
@@ -109,6 +112,9 @@ class PhaseRun:
         return program(at, batch, mover.buffers, mover.scales, wanted, self.arena)
 
     def _batch(self, i: int) -> Batch:
+        return {**self._loaded(i), **self.always}
+
+    def _loaded(self, i: int) -> Batch:
         rows = [r[min(i, len(r) - 1)] for r in self.rows]
         size, first = self.sizes[i], self.clients[0]
         if self.phase.since:

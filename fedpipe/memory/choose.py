@@ -51,6 +51,11 @@ class Chooser:
             raise FedpipeError(f"model {name}: no unit between stem and head; wanted some to cut into blocks")
         return units
 
+    @property
+    def chain(self) -> Chain:
+        """The whole model."""
+        return self.runtime.build()
+
     def fitted(self, plan: Plan, limit: int) -> Plan | int:
         """The plan with all its phases within the limit, or the bytes that it would need.
 
@@ -79,35 +84,37 @@ class Chooser:
             beyond += peak - limit
         return phase if peak <= limit else peak
 
-    def fewest(self, limit: int, build: Callable[[Sequence[Block]], Plan]) -> Plan | int:
+    def fewest(self, limit: int, build: Callable[[Sequence[Block]], Plan], skip: int = 0) -> Plan | int:
         """`build` of the fewest blocks of units with which all phases are within the limit, or bytes that would do.
 
-        `build` makes a phase of each block: its units are trained, the head, and the stem with the first. What runs
-        again is looked for unit by unit here; `fitted` looks at ranges, too.
+        `build` makes a phase of each block: its units are trained, a head, and the stem with the first. What runs
+        again is looked for unit by unit here; `fitted` looks at ranges, too. skip: so many first units are in no block.
         """
-        units, room = self.units, limit
+        units, room = self.units[skip:], limit
         found: Plan | int = limit + 1
         for _ in range(TRIES):
 
             def fits(first: int, last: int, room: int = room) -> bool:
-                return self.least(units[first : last + 1], build, room) <= room
+                return self.least(units[first : last + 1], build, room, units) <= room
 
             blocks = planner.fewest(fits, len(units))
             if blocks is None:
-                alone = max(self.least((u,), build, room) for u in units)
-                return max(limit + 1, (alone if alone < NEVER else self.least(units, build, room)) + limit - room)
+                alone = max(self.least((u,), build, room, units) for u in units)
+                return max(
+                    limit + 1, (alone if alone < NEVER else self.least(units, build, room, units)) + limit - room
+                )
             found = self.fitted(build([units[a : b + 1] for a, b in blocks]), limit)
             if isinstance(found, Plan):
                 break
             room -= found - limit
         return found
 
-    def least(self, block: Block, build: Callable[[Sequence[Block]], Plan], enough: int) -> int:
-        """The least peak of a block that the study's recomputation allows, by the costs of its units, or one that is
-        `enough` or less. NEVER for a block whose last unit cannot be linked to the head."""
+    def least(self, block: Block, build: Callable[[Sequence[Block]], Plan], enough: int, units: Block) -> int:
+        """The least peak of a block of some units that the study's recomputation allows, by the costs of its units, or
+        one that is `enough` or less. NEVER for a block whose last unit cannot be linked to the head."""
         if self.local.again:
             return max(self.runtime.predictor.peaks(build([block])))
-        costs = self.costs(build([self.units]))
+        costs = self.costs(build([units]))
         first, last = costs.body.index(block[0]), costs.body.index(block[-1])
         stretch = Stretch(costs, 0 if first == 1 else first, last)
         if self.local.levels:

@@ -33,9 +33,9 @@ class Costs(Passes):
 
     def constant(self, first: int, last: int, rise: int) -> tuple[int, ...]:
         """Bytes at the moments that recomputation does not change, and where the others rise by `rise` at most."""
-        names = (*self.body[first : last + 1], self.head)
+        names = (*self.body[first : last + 1], self.head(last))
         kept, temporary = zip(*(self.update(n) for n in names), strict=True)
-        run = {*self.body[: last + 1], self.head}
+        run = {*self.body[: last + 1], self.head(last)}
         masks = sum(m.nbytes for n, m in self.masks.items() if n.split(".")[0] in run)
         held, units = self.held + sum(kept) + masks, range(first, last + 1)
         gradients = self.tail(last).gradients + sum(self.one(u, 0, True, False, False).gradients for u in units)
@@ -68,7 +68,9 @@ class Costs(Passes):
         return frozenset(u for u, name in enumerate(self.body) if u and name not in drawing)
 
     def links(self, unit: int) -> bool:
-        """Whether a unit's output can be brought to the head."""
+        """Whether a unit's output can be brought to a head."""
+        if self.body[unit] in self.chain.heads:
+            return True
         try:
             self.chain.link(torch.empty(self.given(unit).shape, device="meta"), self.body[unit])
         except FedpipeError:

@@ -20,14 +20,14 @@ def keeping(rt: "Runtime", plan: Plan, row: Row, samples: int) -> Plan:
     samples: for how many there must be room. Clients with equal budgets are to have one plan, so it is not the row's.
     """
     local, method = rt.run.local, rt.method
-    own = method.loss or method.direction or method.draw  # which may read images
-    if local.prefix == "run" or local.batches != "fixed" or own:
+    if local.prefix == "run" or local.batches != "fixed" or method.direction or method.draw:  # which may read images
         return plan
     peaks, phases, before = rt.predictor.peaks(plan), list[Phase](), 0
     limit = None if row.budget is None else without_margin(row.budget, rt.run.margin)
     for phase, peak in zip(plan.phases, peaks, strict=True):
         passes = phase.epochs or local.epochs if phase.steps is None else phase.steps
-        since = _since(rt, plan, phase) if passes > 1 or len(plan.phases) > 1 else None
+        plain = (passes > 1 or len(plan.phases) > 1) and not method.loss_in(phase)
+        since = _since(rt, plan, phase) if plain else None
         kept = replace(phase, since=since, kept=samples) if since else phase
         size = rt.predictor.kept_bytes(plan, kept)
         fits = size <= MOST if limit is None else peak + max(size, before) <= limit

@@ -48,7 +48,7 @@ class Passes:
     def __init__(self, chain: Chain, batch: int, spec: Optimizer, live: Patterns = ("model/*",), known: Any = None,
                  order: torch.memory_format = torch.contiguous_format):  # fmt: skip
         self.chain, self.batch, self.spec, self.live = chain.train(), batch, spec, live
-        self.body, self.head = chain.names[:-1], chain.names[-1]
+        self.body = chain.names[:-1]
         self._known: dict[Any, Any] = {} if known is None else known
         values = {n: ordered(t.detach(), order) for n, t in [*chain.named_parameters(), *chain.named_buffers()]}
         # as states are: an optimizer's steps follow that order
@@ -89,6 +89,10 @@ class Passes:
     def copied(self, name: str) -> int:
         """Bytes of a unit's buffers and masks, which change in copies where it runs again."""
         return tensor_bytes(t for n, t in self._of(name)[0].items() if n in self.fixed)
+
+    def head(self, last: int) -> str:
+        """The head behind a unit."""
+        return self.chain.head_of(self.body[last])
 
     def given(self, last: int) -> Sample:
         """What a unit before the head gives."""
@@ -172,7 +176,7 @@ class Passes:
 
     @cache  # noqa: B019
     def _tail(self, last: int) -> Part:
-        at, live = self._of(self.head)
+        at, live = self._of(self.head(last))
         x, words = self.given(last), {"since": self.body[last], "upto": self.body[last]}
         like = torch.empty(self.batch, dtype=x.dtype, device=x.device)
         batch = {"y": like.long(), "w": like}
@@ -181,7 +185,8 @@ class Passes:
             own = {n: t for n, t in at.items() if n not in batch}
             return PLAIN.task(torch.func.functional_call(self.chain, own, (x,), words), at)
 
-        return Part(self.head, loss, {**at, **batch}, live, x, ("tail", x, self.chain.features))
+        own = self.body[last] in self.chain.heads
+        return Part(self.head(last), loss, {**at, **batch}, live, x, ("tail", x, () if own else self.chain.features))
 
     @cache  # noqa: B019
     def _of(self, name: str) -> tuple[Tensors, tuple[str, ...]]:

@@ -92,6 +92,7 @@ class Predictor:
                 batches=lambda phase, index: [np.arange(size)] * STEPS,
                 load=load,
                 noise=lambda index, step: rt.ctx(client=0).rng("trace"),
+                always=trace.fake(rt.always(torch.zeros(0, dtype=torch.long))),
             )
             del at
             rt.loop(probe).train([client], plan)
@@ -102,5 +103,5 @@ def candidate(plan: Plan) -> str:
     """What the bytes of a one-phase plan depend on, as canonical text."""
     (phase,) = plan.phases
     where, how = {"upto": phase.upto, "since": phase.since}, {"levels": phase.levels, "again": phase.again}
-    bare = Phase(live=phase.live, step=phase.step, **where, **how)  # type: ignore[arg-type]
+    bare = Phase(live=phase.live, still=phase.still, step=phase.step, **where, **how)  # type: ignore[arg-type]
     return key(replace(plan, phases=(bare,), up=(), weight="", reply=plan.reply))

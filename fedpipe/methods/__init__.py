@@ -30,14 +30,21 @@ def load(spec: MethodSpec) -> Method:
         raise FedpipeError(f"methods: {spec.name} is {type(method).__name__}, wanted a fedpipe.types.Method")
     check(spec, method.h)
     name = spec.name if ".py:" not in spec.name else Path(spec.name.partition(":")[0]).stem
-    return replace(method, name=name, h={**method.h, **spec.settings})
+    defaults = {k: v[0] if isinstance(v, tuple) else v for k, v in method.h.items()}
+    return replace(method, name=name, h={**defaults, **spec.settings})
 
 
 def check(spec: MethodSpec, defaults: dict[str, Any]) -> None:
-    """Raise FedpipeError unless every setting is one of the method's, of the type of its default."""
+    """Raise FedpipeError unless every setting is one of the method's, and of its choices or the type of its default."""
     for key, value in spec.settings.items():
         if key not in defaults:
             raise FedpipeError(f"methods.{spec.name}: no setting {key!r}; there are {', '.join(defaults) or 'none'}")
+        if isinstance(defaults[key], tuple):
+            if value not in defaults[key]:
+                raise FedpipeError(
+                    f"methods.{spec.name}.{key}: {value!r}; wanted {' or '.join(map(str, defaults[key]))}"
+                )
+            continue
         want = type(defaults[key])
         number = want is float and isinstance(value, int) and not isinstance(value, bool)
         if defaults[key] is not None and not isinstance(value, want) and not number:

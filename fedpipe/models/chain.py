@@ -1,10 +1,12 @@
 """A model is a chain of named units: a stem, units, a head. It can stop early: the features of any unit reach the head
 through a link without parameters (`link`). A unit with `exits = True` takes `every=k` in its forward and gives only
-every k-th pixel of its output, as if taken of all: before a link that keeps no others, these are never computed."""
+every k-th pixel of its output, as if taken of all: before a link that keeps no others, these are never computed.
+Units may have a head of their own, an exit, which stands in the place of link and head where the chain stops there; a
+head whose `behind(shape)` makes another for features of that shape can give one to each."""
 
 import importlib
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,17 +30,18 @@ class Chain(nn.Module):
 
     `shape` is one image's (channels, height, width). `names` holds all units in order, `tensor_names` the parameters
     and buffers of the state, `buffer_names` the buffers alone; `shapes` one sample's output of each unit but the
-    head, `features` the last of these.
+    head, `features` the last of these. exits: by unit the head of its own; `heads` names it, `exit_<unit>`.
     Raises FedpipeError for unit names that are not distinct identifiers, or fewer than two units.
     """
 
-    def __init__(self, units: Units, shape: Shape) -> None:
+    def __init__(self, units: Units, shape: Shape, exits: Mapping[str, nn.Module] | None = None) -> None:
         super().__init__()
         self.names = tuple(name for name, _ in units)
-        self.shape = tuple(shape)
+        self.shape: Shape = shape[0], shape[1], shape[2]
+        self.heads = {unit: f"exit_{unit}" for unit in exits or {}}
         if len(units) < 2:
             raise FedpipeError("a model needs a stem and a head at least, as [(name, module), ...]")
-        for name, module in units:
+        for name, module in (*units, *((self.heads[u], m) for u, m in (exits or {}).items())):
             if not name.isidentifier() or hasattr(self, name):
                 raise FedpipeError(
                     f"unit name {name!r}: wanted distinct names of letters, digits and _, none of torch's own"
@@ -98,18 +101,27 @@ class Chain(nn.Module):
             k = every if count == len(units) else 1
             x = self._again(units[:count], x, k) if end else self._unit(units[0], x, policy, k)
             del units[:count]
-        return self._modules[self.names[-1]](self.link(x, last)) if head else x  # type: ignore[misc]
+        if not head:
+            return x
+        own = self.heads.get(last)
+        return self._modules[own](x) if own else self._modules[self.names[-1]](self.link(x, last))  # type: ignore[misc]
+
+    def head_of(self, unit: str) -> str:
+        """The head that the chain ends with where it stops at a unit."""
+        return self.heads.get(unit, self.names[-1])
 
     def run_units(self, upto: str | None) -> tuple[str, ...]:
         """The units that run when those after `upto` do not: up to it, and the head."""
         if upto is not None and upto not in self.names:
             raise FedpipeError(f"upto: no unit {upto}; units are {', '.join(self.names)}")
         body = self.names[:-1]
-        return (*body[: body.index(upto) + 1 if upto in body else None], self.names[-1])
+        units = body[: body.index(upto) + 1 if upto in body else None]
+        return (*units, self.head_of(units[-1]))
 
     def every(self, unit: str) -> int:
         """k where the link keeps every k-th pixel of a unit's output and the unit can give these alone; else 1."""
-        return link.kept(self.shapes[unit], self.features) if getattr(self.get_submodule(unit), "exits", False) else 1
+        thin = getattr(self.get_submodule(unit), "exits", False) and unit not in self.heads
+        return link.kept(self.shapes[unit], self.features) if thin else 1
 
     def _unit(self, name: str, x: Tensor, policy: Policy | None, every: int) -> Tensor:
         words: dict[str, Any] = {"every": every} if every > 1 else {}
@@ -160,13 +172,44 @@ def builder(name: str) -> Callable[..., Any]:
     return found
 
 
-def load(spec: ModelSpec, shape: Shape, classes: int, **extra: Any) -> Chain:
+def without(chain: Chain, first: int) -> Chain:
+    """A chain of the same modules but for the first units after the stem, whose output goes on to those behind them
+    (FeDepth, arXiv 2303.04887, clients that lack memory). Raises FedpipeError where these do not take it."""
+    skip, rest = chain.names[1 : 1 + first], [chain.names[0], *chain.names[1 + first :]]
+    exits = {u: chain.get_submodule(h) for u, h in chain.heads.items() if u in rest}
+    try:
+        return Chain([(n, chain.get_submodule(n)) for n in rest], chain.shape, exits)
+    except FedpipeError as e:
+        raise FedpipeError(f"units {', '.join(skip)} cannot be left out: {e}") from e
+
+
+def with_exits(chain: Chain, name: str) -> Chain:
+    """The chain with a head behind every unit (m-FeDepth, arXiv 2303.04887). FedpipeError where its head makes none."""
+    *body, last = chain.names
+    make = getattr(chain.get_submodule(last), "behind", None)
+    if make is None:
+        raise FedpipeError(
+            f"model {name}: it has no exits, which this method needs; its head must have `behind(shape)`, which makes "
+            "a head for features of that shape, as those of preresnet20, resnet18, mobilenet, cnn4, vit_tiny and mlp do"
+        )
+    exits = {u: make(chain.shapes[u]) for u in body[1:-1]}
+    return Chain([(n, chain.get_submodule(n)) for n in chain.names], chain.shape, exits)
+
+
+def load(spec: ModelSpec, shape: Shape, classes: int, skip: int = 0, exits: bool = False, **extra: Any) -> Chain:
     """Build the named network, or that of a user's file, for images `shape` = (C, H, W).
 
     A builder is `net(shape, classes, **settings)` and returns [(unit name, module), ...] or a Chain; `extra` (width,
     scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
+    skip: so many units after the stem are left out once all have been built; exits: every unit gets a head.
     Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
     """
+    chain = _built(spec, shape, classes, extra)
+    chain = with_exits(chain, spec.name) if exits else chain
+    return without(chain, skip) if skip else chain
+
+
+def _built(spec: ModelSpec, shape: Shape, classes: int, extra: dict[str, Any]) -> Chain:
     build, settings = builder(spec.name), {**(spec.model_extra or {}), **extra}
     parameters = inspect.signature(build).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

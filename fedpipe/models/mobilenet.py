@@ -1,6 +1,8 @@
 """MobileNetV1 (arXiv 1704.04861) for small images, as FedBABU trains it (arXiv 2106.06042 and its published code), and
 the four-convolution network beside it. Batch norms use the statistics of the batch in training and in evaluation."""
 
+from math import prod
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +59,10 @@ class Pooled(nn.Module):
         out: Tensor = self.linear(x.mean((-2, -1)))
         return out
 
+    def behind(self, shape: tuple[int, ...]) -> "Pooled":
+        """A head for features of another shape."""
+        return Pooled(shape[0], self.linear.out_features)
+
 
 def mobilenet(
     shape: tuple[int, int, int], classes: int, width: float = 1.0, scale: float = 1.0, norm: Norm = "batch"
@@ -98,4 +104,16 @@ def cnn4(
     units: Units = [("stem", Halved(shape[0], wide, norm, scale))]
     units += [(f"b{k}", Halved(wide, wide, norm, scale)) for k in (1, 2, 3)]
     flat = wide * (shape[1] // 16) * (shape[2] // 16)
-    return [*units, ("head", nn.Sequential(nn.Flatten(), nn.Linear(flat, classes)))]
+    return [*units, ("head", Flat(flat, classes))]
+
+
+class Flat(nn.Sequential):
+    """Linear over all features: [batch, ...] -> [batch, classes]."""
+
+    def __init__(self, inward: int, classes: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(inward, classes))
+        self.classes = classes
+
+    def behind(self, shape: tuple[int, ...]) -> "Flat":
+        """A head for features of another shape."""
+        return Flat(prod(shape), self.classes)

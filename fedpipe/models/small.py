@@ -22,7 +22,19 @@ def mlp(
     units: Units = [("stem", nn.Sequential(nn.Flatten(), nn.Linear(inward, sizes[0]), Scaler(scale)))]
     for k, (i, o) in enumerate(zip(sizes, sizes[1:], strict=False), 1):
         units.append((f"h{k}", nn.Sequential(nn.GELU(), nn.Linear(i, o), Scaler(scale))))
-    return [*units, ("head", nn.Sequential(nn.GELU(), nn.Linear(sizes[-1], classes)))]
+    return [*units, ("head", Smooth(sizes[-1], classes))]
+
+
+class Smooth(nn.Sequential):
+    """GELU, linear: [batch, features] -> [batch, classes]."""
+
+    def __init__(self, inward: int, classes: int) -> None:
+        super().__init__(nn.GELU(), nn.Linear(inward, classes))
+        self.classes = classes
+
+    def behind(self, shape: tuple[int, ...]) -> "Smooth":
+        """A head for another number of features."""
+        return Smooth(shape[0], self.classes)
 
 
 def cnn(shape: tuple[int, int, int], classes: int, width: float = 1.0, scale: float = 1.0) -> Units:

@@ -102,6 +102,10 @@ class Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.norm(x[:, 0]))
 
+    def behind(self, shape: tuple[int, ...]) -> "Head":
+        """A head for the tokens of another layer."""
+        return Head(shape[-1], self.linear.out_features)
+
 
 def vit_tiny(
     shape: tuple[int, int, int], classes: int, patch: int = 4, depth: int = 12, dim: int = 192, heads: int = 3

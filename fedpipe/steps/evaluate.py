@@ -42,7 +42,8 @@ def run(
     people = {r["client"]: r for r in io.read_table(assignment).to_pylist()}
     server = world.states[max(world.states, key=lambda n: int(n.split("@")[1]))]
     everything = torch.cat(list(testing.values())).sort().values
-    rows = list(columns({"global": pooled(rt, server, everything)}, None, len(everything)))
+    server, rest = rt.moved(server), torch.cat(list(training.values())).sort().values
+    rows = list(columns({"global": pooled(rt, server, everything, rest)}, None, len(everything)))
     for client, test in testing.items():
         if len(test):
             row = row_of(people[client], len(training[client]), rt.run.budget)

@@ -3,7 +3,9 @@
 A client downloads everything. For each of its blocks in depth order it trains the block's layers and the shared head
 (and the stem, in the first block) on CE(head(link(features at the block's end)), y), all else frozen. SGD with
 momentum: new for each block's layers, the head's goes on through the client's round. It uploads everything; the server
-takes the mean weighted by samples.
+takes the mean weighted by samples. A client that lacks memory leaves its first layers out of the forward; one with
+memory for two trains a peer beside the model, each on its cross-entropy and the KL divergence from what the other
+gives. m-FeDepth: every layer has a head of its own, norm, mean, linear, in the place of link and shared head.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,9 +30,10 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 class Net(nn.Module):
     """Nine pre-activation blocks in three stages. Parameters are named first, 1 .. 9 and last. Values come by `put`."""
 
-    def __init__(self, channels: int, classes: int, sizes: Sizes = SIZES, rate: float = 1.0):
+    def __init__(self, channels: int, classes: int, sizes: Sizes = SIZES, rate: float = 1.0, heads: bool = False):
         super().__init__()
         self.rate = rate  # what activations are divided by before each norm (HeteroFL)
+        self.heads = heads
         self.last = sizes[2]
         shapes: dict[str, tuple[int, ...]] = {"first conv": (sizes[0], channels, 3, 3), "first norm": (sizes[0],)}
         inward = sizes[0]
@@ -41,6 +44,8 @@ class Net(nn.Module):
             if k in (4, 7):
                 shapes[f"{k} shortcut"] = (out, inward, 1, 1)
             inward = out
+            if heads and k < 9:
+                shapes |= {f"{k}th norm": (out,), f"{k}th linear": (classes, out)}
         shapes |= {"last norm": (inward,), "last linear": (classes, inward)}
         self.w = nn.ParameterDict()
         for name, shape in shapes.items():
@@ -62,15 +67,19 @@ class Net(nn.Module):
     def norm(self, x: Tensor, name: str) -> Tensor:
         return batch_norm(x / self.rate, self.w[name], self.w[f"{name} bias"])
 
-    def forward(self, x: Tensor, end: int = 9) -> Tensor:
-        """Logits of the features after block `end`."""
+    def forward(self, x: Tensor, end: int = 9, skip: int = 0) -> Tensor:
+        """Logits of the features after block `end`, the first `skip` blocks left out."""
         z = self.norm(conv2d(x, self.w["first conv"], padding=1), "first norm")
-        for k in range(1, end + 1):
+        for k in range(1 + skip, end + 1):
             stride = 2 if k in (4, 7) else 1
             h = torch.relu(self.norm(z, f"{k} norm a"))
             z = conv2d(h, self.w[f"{k} conv a"], stride=stride, padding=1)
             z = conv2d(torch.relu(self.norm(z, f"{k} norm b")), self.w[f"{k} conv b"], padding=1)
             z = z + (conv2d(h, self.w[f"{k} shortcut"], stride=stride) if stride == 2 else h)
+        if self.heads:
+            own = f"{end}th" if end < 9 else "last"
+            pooled = self.norm(z, f"{own} norm").mean((2, 3))
+            return pooled @ self.w[f"{own} linear"].T + self.w[f"{own} linear bias"]
         step = {1: 4, 2: 2, 3: 1}[(end - 1) // 3 + 1]
         z = z[:, :, ::step, ::step]
         missing = self.last - z.shape[1]
@@ -80,44 +89,81 @@ class Net(nn.Module):
         return z.mean((2, 3)) @ self.w["last linear"].T + self.w["last linear bias"]
 
 
-def names() -> dict[str, str]:
+def names(heads: bool = False) -> dict[str, str]:
     """Names of Net's parameters -> the package's."""
     parts = {"norm a": "norm1", "conv a": "conv1", "norm b": "norm2", "conv b": "conv2", "shortcut": "shortcut"}
     out = {}
-    for name in Net(1, 1).w:
+    for name in Net(1, 1, heads=heads).w:
         stem, _, rest = name.removesuffix(" bias").partition(" ")
-        unit = {"first": "stem", "last": "head"}.get(stem, f"b{stem}")
+        exits = {f"{k}th": f"exit_b{k}" for k in range(1, 9)}
+        unit = {"first": "stem", "last": "head", **exits}.get(stem, f"b{stem}")
         out[name] = f"{unit}.{parts.get(rest, rest)}.{'bias' if name.endswith(' bias') else 'weight'}"
     return out
 
 
-def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], batches: Batches, lr: float,
-           momentum: float, decay: float, carry: bool = True) -> dict[str, Tensor]:  # fmt: skip
-    """What a client uploads: `blocks` are layer numbers, e.g. [[1, 2], [3, ..., 9]]; batches(j) those of block j.
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean()
 
-    Without `carry` the head's momentum is new for each block too: another method, to tell the two apart.
+
+def head_of(net: Net, block: Sequence[int]) -> str:
+    return f"{block[-1]}th" if net.heads and block[-1] < 9 else "last"
+
+
+def trained_in(net: Net, blocks: Sequence[Sequence[int]], j: int) -> list[str]:
+    """Parameters that block j trains."""
+    units = [*(str(k) for k in blocks[j]), head_of(net, blocks[j]), *(["first"] if j == 0 else [])]
+    return [n for n in net.w if n.split()[0] in units]
+
+
+def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], batches: Batches, lr: float,
+           momentum: float, decay: float, carry: bool = True, faithful: bool = False) -> dict[str, Tensor]:  # fmt: skip
+    """What a client uploads: `blocks` are layer numbers, e.g. [[1, 2], [3, ..., 9]]; batches(j) those of block j.
+    Layers before the first block's are left out.
+
+    Without `carry` the head's momentum is new for each block too: another method, to tell the two apart. faithful: one
+    optimizer for the whole round, in which frozen parameters have gradients of 0.
     """
     net.put(start)
-    head = [n for n in net.w if n.startswith("last")]
-    carried = {n: torch.zeros_like(net.w[n]) for n in head}
+    v = {n: torch.zeros_like(p) for n, p in net.w.items()}
     for j, block in enumerate(blocks):
-        units = [str(k) for k in block] + ["last"] + (["first"] if j == 0 else [])
-        trained = [n for n in net.w if n.split()[0] in units]
+        trained = trained_in(net, blocks, j)
         for n, p in net.w.items():
             p.requires_grad_(n in trained)
+            if not faithful and not (carry and n.startswith("last")):
+                v[n] = torch.zeros_like(p)
         before = net.take()
-        v = {n: carried[n] if n in head and carry else torch.zeros_like(net.w[n]) for n in trained}
         for x, y in batches(j):
-            z = net(x, end=block[-1])
-            loss = (torch.logsumexp(z, 1) - z[torch.arange(len(y)), y]).mean()
-            gradients = torch.autograd.grad(loss, [net.w[n] for n in trained])
+            loss = cross_entropy(net(x, end=block[-1], skip=blocks[0][0] - 1), y)
+            gradients = dict(zip(trained, torch.autograd.grad(loss, [net.w[n] for n in trained]), strict=True))
             with torch.no_grad():
-                for n, g in zip(trained, gradients, strict=True):
-                    v[n] = momentum * v[n] + g + decay * net.w[n]
-                    net.w[n] -= lr * v[n]
-        assert all(torch.equal(net.w[n], before[n]) for n in net.w if n not in trained)
-        carried = {n: v[n] for n in head}
+                for n, p in net.w.items():
+                    if faithful or n in trained:
+                        v[n] = momentum * v[n] + gradients.get(n, torch.zeros_like(p)) + decay * p
+                        p -= lr * v[n]
+        assert faithful or all(torch.equal(net.w[n], before[n]) for n in net.w if n not in trained)
     return net.take()
+
+
+def mutual(start: dict[str, Tensor], peer: dict[str, Tensor], nets: tuple[Net, Net], batches: Sequence[Batch],
+           lr: float, momentum: float, decay: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """What a client with memory for two uploads, and the peer it keeps: both step on the same batch."""
+    a, b = nets[0].put(start), nets[1].put(peer)
+    v = [{n: torch.zeros_like(p) for n, p in net.w.items()} for net in (a, b)]
+    for net in (a, b):
+        for p in net.w.values():
+            p.requires_grad_(True)
+    for x, y in batches:
+        za, zb = a(x), b(x)
+        pa, pb = torch.softmax(za, 1), torch.softmax(zb, 1)
+        la = cross_entropy(za, y) + (pb.detach() * (pb.detach().log() - pa.log())).sum(1).mean()
+        lb = cross_entropy(zb, y) + (pa.detach() * (pa.detach().log() - pb.log())).sum(1).mean()
+        for net, loss, velocity in ((a, la, v[0]), (b, lb, v[1])):
+            gradients = torch.autograd.grad(loss, list(net.w.values()))
+            with torch.no_grad():
+                for (n, p), g in zip(net.w.items(), gradients, strict=True):
+                    velocity[n] = momentum * velocity[n] + g + decay * p
+                    p -= lr * velocity[n]
+    return a.take(), b.take()
 
 
 def mean(uploads: Sequence[dict[str, Tensor]], samples: Sequence[int]) -> dict[str, Tensor]:
@@ -126,3 +172,15 @@ def mean(uploads: Sequence[dict[str, Tensor]], samples: Sequence[int]) -> dict[s
     for n, upload in zip(samples, uploads, strict=True):
         total = {k: s + n * upload[k] for k, s in total.items()}
     return {k: s / sum(samples) for k, s in total.items()}
+
+
+def mean_by_head(old: dict[str, Tensor], uploads: Sequence[dict[str, Tensor]], samples: Sequence[int],
+                 trained: Sequence[set[str]]) -> dict[str, Tensor]:  # fmt: skip
+    """`mean`, but of each head over the clients that trained it (`trained`: names of each); `old` where nobody did."""
+    new = mean(uploads, samples)
+    for name in (n for n in new if "th " in n or n.startswith("last")):
+        who = [i for i, mine in enumerate(trained) if name in mine]
+        total = sum(samples[i] for i in who)
+        new[name] = sum((samples[i] * uploads[i][name] for i in who), torch.zeros_like(old[name]))
+        new[name] = new[name] / total if who else old[name]
+    return new
