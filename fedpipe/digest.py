@@ -56,9 +56,14 @@ def step_digest(step: str, run: Run | None = None, root: Path = ROOT) -> str:
 def _content(path: Path) -> str:
     """Digest of a file that a run begins with."""
     try:
-        return digest(path.read_bytes())
+        return _of_version(path, path.stat().st_mtime_ns)
     except OSError as e:
         raise FedpipeError(f"model.weights: no file {path}") from e
+
+
+@cache
+def _of_version(path: Path, version: int) -> str:
+    return digest(path.read_bytes())
 
 
 def method_start(name: str, root: Path = ROOT) -> str | Path:

@@ -25,8 +25,9 @@ from fedpipe.loop.client import Client, Loop, Probe, batch_rows, fixed_batches
 from fedpipe.loop.replay import replays
 from fedpipe.memory.choose import Chooser
 from fedpipe.memory.predictor import Predictor
-from fedpipe.models import chain as models
+from fedpipe.models import build as models
 from fedpipe.models import traits, weights
+from fedpipe.models.chain import Chain
 from fedpipe.models.statistics import Statistics
 from fedpipe.recompute import Policy
 from fedpipe.records import changed
@@ -51,19 +52,19 @@ class Runtime:
         self.fed.normalisation(self.dtype)  # now, and not when a client's peak is measured
         self.programs = programs(run.compile)
         self.predictor, self.chooser = Predictor(self), Chooser(self)
-        self._built: dict[Settings, models.Chain] = {}
+        self._built: dict[Settings, Chain] = {}
         self._layouts: dict[Hashable, torch.memory_format] = {}
         self._weights: dict[tuple[int, int], Tensor] = {}
         self.statistics = Statistics(self.build()) if run.evaluate.norm == "train" else None
         self._checked: set[tuple[Settings, Policy]] = set()
 
-    def build(self, settings: Settings = ()) -> models.Chain:
+    def build(self, settings: Settings = ()) -> Chain:
         """The client's model built with these keywords; of its values only those of the full model are ever used."""
         if settings not in self._built:
             self._built[settings] = self._build(settings)
         return self._built[settings]
 
-    def _build(self, settings: Settings) -> models.Chain:
+    def _build(self, settings: Settings) -> Chain:
         with seeded(key(self.run.seed, None, None, "init") % 2**63):
             chain = models.load(
                 self.run.model, self.data.shape, self.data.classes, **self.method.model, **dict(settings)
@@ -75,7 +76,7 @@ class Runtime:
         chain.key = what, str(self.device), models.builder(run.model.name)
         return chain.to(dtype=self.dtype, device=self.device)
 
-    def chain(self, plan: Plan) -> models.Chain:
+    def chain(self, plan: Plan) -> Chain:
         return self.build(plan.model)
 
     @cached_property
@@ -262,7 +263,7 @@ class Runtime:
             self._weights[key] = torch.from_numpy(np.full(key, 1 / size)).to(self.dtype).to(self.device)
         return self._weights[key]
 
-    def layout(self, chain: models.Chain) -> torch.memory_format:
+    def layout(self, chain: Chain) -> torch.memory_format:
         """How images and filters lie: channels last on a CPU that trains one client after another, where convolutions
         are faster so. A rule of shapes and device, as the layout decides bits."""
         if chain.key not in self._layouts:

@@ -23,7 +23,8 @@ from fedpipe.memory.costs import Costs
 from fedpipe.memory.stretch import Again, Stretch, of, ranges
 from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth
-from fedpipe.models.chain import Chain, load
+from fedpipe.models.build import load
+from fedpipe.models.chain import Chain
 from fedpipe.models.preresnet import Block, Head, Stem
 from fedpipe.runtime import Runtime
 from fedpipe.seeding import seeded

@@ -14,7 +14,8 @@ from fedpipe.memory.costs import Costs
 from fedpipe.memory.stretch import Again, Stretch
 from fedpipe.methods import fedepth
 from fedpipe.models import REGISTRY
-from fedpipe.models.chain import Chain, load
+from fedpipe.models.build import load
+from fedpipe.models.chain import Chain
 from fedpipe.recompute import Policy
 from fedpipe.seeding import seeded
 from fedpipe.types import Phase, Plan, Row

@@ -304,3 +304,24 @@ def test_equal_peers_teach_each_other_nothing(root: Path) -> None:
 def test_what_cannot_be_cut_is_refused(method: Any, keys: dict[str, Any], message: str, root: Path) -> None:
     with pytest.raises(FedpipeError, match=message):
         Game(make_run(method, **{**SIX, **keys}), root)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_what_is_sent_is_what_was_trained_where_the_mean_is_of_trainers(faithful: bool, root: Path) -> None:
+    how = {"average": "trained", "faithful": faithful}
+    got = scenario(root, "lack", "fedepth", 1, 128, **how)
+    plans = read_plans(io.read_table(got.paths.plans))[0]
+    lacking = next(p for p in plans.values() if dict(p.model).get("skip"))
+    sent = {n.split(".")[0] for n in got.state(0) if matches(f"model/{n}", lacking.up)}
+    assert sent == {"stem", "head", *(f"b{k}" for k in range(4, 10))}
+
+
+def test_heads_that_were_trained_are_sent_faithful_or_not(root: Path) -> None:
+    for faithful in (False, True):
+        got = scenario(root, "fair", "fedepth_mhead", 1, 128, faithful=faithful)
+        ups = [
+            {n.split(".")[0] for n in got.state(0) if matches(f"model/{n}", p.up)}
+            for p in read_plans(io.read_table(got.paths.plans))[0].values()
+        ]
+        ends = [{f"exit_b{b[-1]}" for b in PUBLISHED[r] if b[-1] < 9} | {"head"} for r in GROUPS["fair"]]
+        assert sorted(sorted(u for u in up if "exit" in u or u == "head") for up in ups) == sorted(map(sorted, ends))

@@ -20,8 +20,8 @@ from fedpipe.loop.capture import Programs
 from fedpipe.loop.client import Client, Loop
 from fedpipe.loop.lower import Sgd
 from fedpipe.memory import Parts
+from fedpipe.models.build import load as load_model
 from fedpipe.models.chain import Chain
-from fedpipe.models.chain import load as load_model
 from fedpipe.plans import SCHEMA, key, plan_rows, read_plans
 from fedpipe.seeding import seeded
 from fedpipe.types import Batch, Method, Phase, Plan, Step, Tensors, under

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
 from fedpipe.memory import Peak, Trace, tensor_bytes, traced_peak
-from fedpipe.models.chain import Chain, load
+from fedpipe.models.build import load
+from fedpipe.models.chain import Chain
 from fedpipe.seeding import seeded
 from fedpipe.types import Tensors
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
-from fedpipe.models.chain import Chain, load, windows
+from fedpipe.models.build import load, windows
+from fedpipe.models.chain import Chain
 from fedpipe.models.traits import batch_coupled, drawing, has_conv
 from fedpipe.seeding import seeded
 

@@ -17,7 +17,8 @@ from fedpipe.config import Local, ModelSpec
 from fedpipe.context import Ctx
 from fedpipe.loop.client import Client, Loop
 from fedpipe.methodspec import MethodSpec
-from fedpipe.models.chain import Chain, load, windows
+from fedpipe.models.build import load, windows
+from fedpipe.models.chain import Chain
 from fedpipe.rng import rng
 from fedpipe.seeding import seeded
 from fedpipe.types import Method, Tensors, Update

@@ -20,7 +20,8 @@ from fedpipe.config import ModelSpec
 from fedpipe.memory import Peak, planner
 from fedpipe.memory.planner import Option
 from fedpipe.memory.proxy import values
-from fedpipe.models.chain import Chain, load
+from fedpipe.models.build import load
+from fedpipe.models.chain import Chain
 from fedpipe.seeding import seeded
 
 # values per sample of B1 .. B9, and of everything, stem and head included (arXiv 2303.04887, its published code)

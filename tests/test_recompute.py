@@ -16,7 +16,8 @@ from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
 from fedpipe.io import read_table
 from fedpipe.memory import Peak, traced_peak
-from fedpipe.models.chain import Chain, load
+from fedpipe.models.build import load
+from fedpipe.models.chain import Chain
 from fedpipe.models.norms import norm_relu
 from fedpipe.models.preresnet import preresnet20
 from fedpipe.models.traits import check

@@ -3,7 +3,6 @@
 python benchmarks/scaling/run.py [--only cohort,rounds,parameters,processes] [--repeats N] [--out FILE]
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -118,14 +117,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Every point in turn, several times over; the file is written after each time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(KINDS), help="some of: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>-scaling.json")
-    args = parser.parse_args()
-    if unknown := set(args.only.split(",")) - set(KINDS):
-        parser.error(f"--only: {', '.join(sorted(unknown))}: wanted some of {','.join(KINDS)}")
-    chosen = [p for kind in args.only.split(",") for p in points(kind)]
+    args = summary.parser(__doc__, KINDS, "scaling", repeats=3).parse_args()
+    chosen = [p for kind in args.only for p in points(kind)]
     found: dict[str, list[dict[str, Any]]] = {p.name: [] for p in chosen}
     versions = environments.versions(Path(sys.executable), ("fedpipe", "snakemake", "torch", "numpy"))
     calibrations = []

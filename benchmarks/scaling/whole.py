@@ -3,7 +3,6 @@
 python benchmarks/scaling/whole.py [--only cnn,quickstart,processes] [--rounds N] [--repeats N] [--out FILE]
 """
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -89,15 +88,10 @@ def medians(found: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, dict
 
 def main() -> None:
     """Every way in turn, several times over; the file is written after each time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(KINDS), help="some of: %(default)s")
+    parser = summary.parser(__doc__, KINDS, "whole", repeats=1)
     parser.add_argument("--rounds", type=int, default=600, help="of the CNN: %(default)s, about five minutes")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>-whole.json")
     args = parser.parse_args()
-    if unknown := set(args.only.split(",")) - set(KINDS):
-        parser.error(f"--only: {', '.join(sorted(unknown))}: wanted some of {','.join(KINDS)}")
-    chosen = [w for w in ways(args.rounds) if w.kind in args.only.split(",")]
+    chosen = [w for w in ways(args.rounds) if w.kind in args.only]
     found: dict[str, dict[str, list[dict[str, Any]]]] = {w.kind: {} for w in chosen}
     versions = environments.versions(Path(sys.executable), ("fedpipe", "snakemake", "torch", "numpy"))
     calibrations = []

@@ -1,10 +1,12 @@
 """What was seen, in sum: medians over repeats, ratios to the plain loop, the table, the file that is kept."""
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,21 @@ def about(calibrations: list[tuple[float, str]]) -> dict[str, Any]:
         "calibration_cpu_seconds": statistics.median(seconds for seconds, _ in calibrations),
         "calibrations": [seconds for seconds, _ in calibrations],
     }
+
+
+def parser(text: str | None, kinds: Sequence[str], file: str, repeats: int) -> argparse.ArgumentParser:
+    """Arguments of a benchmark that can be run in part: `only` is a list of kinds."""
+
+    def some(given: str) -> list[str]:
+        if unknown := set(given.split(",")) - set(kinds):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: wanted some of {','.join(kinds)}")
+        return given.split(",")
+
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--only", type=some, default=",".join(kinds), help="some of: %(default)s")
+    made.add_argument("--repeats", type=int, default=repeats)
+    made.add_argument("--out", type=Path, help=f"default: benchmarks/results/<device>-{file}.json")
+    return made
 
 
 def write(what: dict[str, Any], kind: str, out: Path | None) -> Path:

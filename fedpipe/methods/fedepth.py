@@ -1,10 +1,9 @@
 """FeDepth. Zhang et al., 2023. https://arxiv.org/abs/2303.04887
 
-A client cuts the chain of units into blocks that its memory holds, in depth order, and trains them one after another
-in every round: block j with all before it frozen, through a parameter-free link (subsample, zero-pad) into the shared
-head phi, min over (theta_j, phi) of CE(phi(link(z_j)), y). Units after block j do not run. The head is live in every
-block and keeps its optimizer state from block to block; the stem is trained with the first block. Everything is sent
-and averaged by samples. A client that holds all units in one block is FedAvg's.
+A client cuts the chain of units into blocks that its memory holds, and trains them in depth order in every round: block
+j with all before it frozen and none behind it run, through a parameter-free link (subsample, zero-pad) into the shared
+head phi, min over (theta_j, phi) of CE(phi(link(z_j)), y). The head keeps its optimizer state from block to block, the
+stem is trained with the first. Everything is sent, and averaged by samples. One block of all units is FedAvg.
 blocks    bytes: the fewest whose predicted peaks fit the budget; paper: the published ones, by activation counts for
           the budget's ratio, whatever they take in bytes
 scenario  lack: first units too large for a client are left out of its forward; surplus: one that holds two models
@@ -24,10 +23,14 @@ from fedpipe.types import Batch, Method, Phase, Plan, Tensors, under
 MUTUAL = Plan(phases=(Phase("mutual", live=("model/*", "own/peer/*")),), keep=("own/peer/*",))
 
 
+def trained(ctx: PlanCtx, block: tuple[str, ...], skip: int) -> tuple[str, ...]:
+    return ctx.tensors(*([ctx.stem] if block[0] == ctx.units[skip] else []), *block, ctx.head_of(block[-1]))
+
+
 def phases(ctx: PlanCtx, blocks: Sequence[tuple[str, ...]], skip: int = 0) -> tuple[Phase, ...]:
     out = list[Phase]()
     for j, block in enumerate(blocks):
-        live = ctx.tensors(*([ctx.stem] if block[0] == ctx.units[skip] else []), *block, ctx.head_of(block[-1]))
+        live = trained(ctx, block, skip)
         upto = None if block[-1] == ctx.units[-1] else block[-1]
         still = ("model/*", *(f"!{p}" for p in live)) if ctx.h.get("faithful") else ()
         live = ("model/*",) if still else live
@@ -36,23 +39,22 @@ def phases(ctx: PlanCtx, blocks: Sequence[tuple[str, ...]], skip: int = 0) -> tu
 
 
 def build(ctx: PlanCtx, skip: int, blocks: Sequence[tuple[str, ...]]) -> Plan:
-    made = phases(ctx, blocks, skip)
-    up = ("model/*",) if ctx.h["average"] == "all" else tuple(dict.fromkeys(p for phase in made for p in phase.live))
-    return Plan(phases=made, up=up, model=(("skip", skip),) if skip else ())
+    each = dict.fromkeys(p for block in blocks for p in trained(ctx, block, skip))
+    up = ("model/*",) if ctx.h["average"] == "all" else tuple(each)
+    return Plan(phases=phases(ctx, blocks, skip), up=up, model=(("skip", skip),) if skip else ())
 
 
 def plan(ctx: PlanCtx) -> Plan | None:
-    given, chosen = ctx.scenario, ctx.h["scenario"]
-    if chosen not in ("auto", given or chosen):
-        raise FedpipeError(f"methods: scenario {chosen}, but budgets.scenario is {given}; wanted one of the two")
-    scenario = (given or "fair") if chosen == "auto" else chosen
+    given, scenario = ctx.scenario, ctx.h["scenario"]
+    if scenario not in ("auto", given or scenario):
+        raise FedpipeError(f"methods: scenario {scenario}, but budgets.scenario is {given}; wanted one of the two")
+    scenario = (given or "fair") if scenario == "auto" else scenario
     most, surplus = ctx.skippable if scenario == "lack" else 0, scenario == "surplus"
     if ctx.h["blocks"] == "paper":
         if surplus and (ctx.row.ratio is None or ctx.row.ratio >= 2):
             return MUTUAL
         blocks, unfit = ctx.greedy()
-        left = len(unfit)
-        return build(ctx, left, blocks) if blocks and left <= most and unfit == [*ctx.units[:left]] else None
+        return build(ctx, len(unfit), blocks) if blocks and unfit == [*ctx.units[: min(len(unfit), most)]] else None
     spare = ctx.if_fits(MUTUAL) if surplus else None
     return spare or next((p for k in range(most + 1) if (p := ctx.fewest(partial(build, ctx, k), k))), None)
 
@@ -72,9 +74,7 @@ def mutual(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[object, Tensors]:
     return ctx.task(a, batch) + ctx.task(b, batch) + (apart * batch["w"]).sum(), {**changed, **more}
 
 
-method = Method(
-    name="fedepth",
-    h={"blocks": ("bytes", "paper"), "scenario": ("auto", "fair", "lack", "surplus"), "average": ("all", "trained"),
-       "faithful": False},
-    plan=plan, begin=begin, loss={"mutual": mutual},
-)  # fmt: skip
+method = Method(name="fedepth", plan=plan, begin=begin, loss={"mutual": mutual}, h={
+    "blocks": ("bytes", "paper"), "scenario": ("auto", "fair", "lack", "surplus"), "average": ("all", "trained"),
+    "faithful": False,
+})  # fmt: skip

@@ -16,9 +16,9 @@ def plan(ctx: PlanCtx) -> Plan | None:
     found = fedepth.plan(ctx)
     if found is None or ctx.h["average"] == "trained" or found.keep:
         return found
-    heads = {f"model/{ctx.head_of(u)}.*" for u in ctx.units}
-    trained = {p for phase in found.phases for p in phase.live if p in heads}
-    return replace(found, up=("model/*", *(f"!{p}" for p in sorted(heads - trained))))
+    trained = {ctx.head_of(phase.upto or ctx.units[-1]) for phase in found.phases}
+    others = sorted({ctx.head_of(u) for u in ctx.units} - trained)
+    return replace(found, up=("model/*", *(f"!{p}" for p in ctx.tensors(*others))))
 
 
 method = replace(fedepth.method, name="fedepth_mhead", model={"exits": True}, plan=plan)

@@ -4,22 +4,17 @@ every k-th pixel of its output, as if taken of all: before a link that keeps no 
 Units may have a head of their own, an exit, which stands in the place of link and head where the chain stops there; a
 head whose `behind(shape)` makes another for features of that shape can give one to each."""
 
-import importlib
-import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedpipe.config import ModelSpec
 from fedpipe.errors import FedpipeError
-from fedpipe.models import REGISTRY, link
+from fedpipe.models import link
 from fedpipe.models.dropout import own_dropout
 from fedpipe.recompute import Policy, again
 from fedpipe.seeding import seeded
-from fedpipe.types import Window
-from fedpipe.userfile import load_attribute
 
 Units = Sequence[tuple[str, nn.Module]]
 Shape = tuple[int, int, int]
@@ -158,93 +153,3 @@ class Chain(nn.Module):
     def link(self, x: Tensor, unit: str) -> Tensor:
         """The output of `unit`, or the pixels of it that are kept, as the head takes it (`link.link`)."""
         return link.link(x, self.features, unit)
-
-
-def builder(name: str) -> Callable[..., Any]:
-    if name in REGISTRY:
-        module, _, function = REGISTRY[name].partition(":")
-        return getattr(importlib.import_module(module), function)
-    if ".py" not in name:
-        raise FedpipeError(f"model {name}: unknown; known are {', '.join(sorted(REGISTRY))}, or ./file.py:function")
-    found = load_attribute(name, "function")
-    if not callable(found):
-        raise FedpipeError(f"model {name}: wanted a function (shape, classes, ...), found {type(found).__name__}")
-    return found
-
-
-def without(chain: Chain, first: int) -> Chain:
-    """A chain of the same modules but for the first units after the stem, whose output goes on to those behind them
-    (FeDepth, arXiv 2303.04887, clients that lack memory). Raises FedpipeError where these do not take it."""
-    skip, rest = chain.names[1 : 1 + first], [chain.names[0], *chain.names[1 + first :]]
-    exits = {u: chain.get_submodule(h) for u, h in chain.heads.items() if u in rest}
-    try:
-        return Chain([(n, chain.get_submodule(n)) for n in rest], chain.shape, exits)
-    except FedpipeError as e:
-        raise FedpipeError(f"units {', '.join(skip)} cannot be left out: {e}") from e
-
-
-def with_exits(chain: Chain, name: str) -> Chain:
-    """The chain with a head behind every unit (m-FeDepth, arXiv 2303.04887). FedpipeError where its head makes none."""
-    *body, last = chain.names
-    make = getattr(chain.get_submodule(last), "behind", None)
-    if make is None:
-        raise FedpipeError(
-            f"model {name}: it has no exits, which this method needs; its head must have `behind(shape)`, which makes "
-            "a head for features of that shape, as those of preresnet20, resnet18, mobilenet, cnn4, vit_tiny and mlp do"
-        )
-    exits = {u: make(chain.shapes[u]) for u in body[1:-1]}
-    return Chain([(n, chain.get_submodule(n)) for n in chain.names], chain.shape, exits)
-
-
-def load(spec: ModelSpec, shape: Shape, classes: int, skip: int = 0, exits: bool = False, **extra: Any) -> Chain:
-    """Build the named network, or that of a user's file, for images `shape` = (C, H, W).
-
-    A builder is `net(shape, classes, **settings)` and returns [(unit name, module), ...] or a Chain; `extra` (width,
-    scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
-    skip: so many units after the stem are left out once all have been built; exits: every unit gets a head.
-    Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
-    """
-    chain = _built(spec, shape, classes, extra)
-    chain = with_exits(chain, spec.name) if exits else chain
-    return without(chain, skip) if skip else chain
-
-
-def _built(spec: ModelSpec, shape: Shape, classes: int, extra: dict[str, Any]) -> Chain:
-    build, settings = builder(spec.name), {**(spec.model_extra or {}), **extra}
-    parameters = inspect.signature(build).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in settings:
-            if key not in parameters:
-                raise FedpipeError(
-                    f"model {spec.name} takes no {key}; it takes {', '.join(list(parameters)[2:]) or 'none'}"
-                )
-    try:
-        inspect.signature(build).bind(shape, classes, **settings)
-    except TypeError as e:
-        raise FedpipeError(f"model {spec.name}: {e}; wanted a function (shape, classes, ...)") from None
-    units = build(shape, classes, **settings)
-    if isinstance(units, Chain):
-        return units
-    listed = isinstance(units, list | tuple) and all(isinstance(u, tuple) and len(u) == 2 for u in units)
-    if not listed or not all(isinstance(n, str) and isinstance(m, nn.Module) for n, m in units):
-        raise FedpipeError(
-            f"model {spec.name}: wanted [(unit name, module), ...] or a Chain, got {type(units).__name__}"
-        )
-    return Chain(units, shape)
-
-
-def windows(full: Chain, slim: Chain) -> tuple[Window, ...]:
-    """What part of each tensor of `full` the narrower `slim` holds: the first entries of each differing dimension.
-
-    Raises FedpipeError when the two have other tensors, or slim's are larger.
-    """
-    whole, part = full.state_dict(), slim.state_dict()
-    if other := sorted(whole.keys() ^ part.keys()):
-        raise FedpipeError(f"model/{other[0]}: only one of the full and the narrow model has it")
-    found = []
-    for name, t in part.items():
-        big = whole[name].shape
-        if t.dim() != len(big) or any(s > b for s, b in zip(t.shape, big, strict=True)):
-            raise FedpipeError(f"model/{name}: {list(t.shape)} is no part of the full model's {list(big)}")
-        found += [Window(f"model/{name}", d, 0, s) for d, s in enumerate(t.shape) if s != big[d]]
-    return tuple(found)
