@@ -102,7 +102,8 @@ class Terms:
         self.wanted = {n: (torch.Size(held(t.shape, windows.get(n, ()))), t.dtype) for n, t in state.items()}
         names = tuple(state)
         self.up = _chosen(names, plan.up)
-        down = _chosen(names, (*plan.down, *(f"!{p}" for p in plan.fixed)))
+        there = set(_chosen(names, plan.fixed))
+        down = [n for n in _chosen(names, plan.down) if n not in there]
         self.down: Layout = tuple((n, self.wanted[n][1], self.wanted[n][0]) for n in down)  # as a message has them
 
     def check(self, update: Tensors, who: str) -> None:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedpipe.budgets import Budgets
 from fedpipe.io import canonical, digest
@@ -30,7 +30,7 @@ from fedpipe.keys import (
     as_model,
     for_all,
 )
-from fedpipe.methodspec import MethodSpec, named, points, setting_label
+from fedpipe.methodspec import MethodSpec, named, points, replaced, setting_label
 
 __all__ = ["Budgets", "Data", "Local", "ModelSpec", "Optimizer", "Partition", "Run", "Study"]
 
@@ -120,6 +120,21 @@ class Study(_Shared):
             raise ValueError(f"select.seed: {self.select.seed} is the only one of seeds; wanted others to compare")
         return self
 
+    @model_validator(mode="after")
+    def _replaceable(self) -> "Study":
+        for m in self.methods:
+            try:
+                _Shared.model_validate(self._of(m))
+            except ValidationError as e:
+                first = e.errors()[0]
+                at = ".".join(str(p) for p in ("keys", *first["loc"]))
+                raise ValueError(f"methods: {m.name}: {at}: {first['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    def _of(self, method: MethodSpec) -> dict[str, Any]:
+        """What an entry's runs share."""
+        return replaced(method, {k: getattr(self, k) for k in _Shared.model_fields})
+
     @property
     def entries(self) -> list[MethodSpec]:
         """The methods that are compared: each point of a grid, or the grid where one of its points is selected."""
@@ -131,9 +146,8 @@ class Study(_Shared):
 
     def compared(self) -> list["Run"]:
         """Runs the table is made of."""
-        shared = {k: getattr(self, k) for k in _Shared.model_fields}
         return [
-            Run(**shared, method=m, seed=s, select=self.select if points(m) != [m] else None)
+            Run(**self._of(m), method=m, seed=s, select=self.select if points(m) != [m] else None)
             for m in self.entries
             for s in self.seeds
             if self.select is None or s != self.select.seed

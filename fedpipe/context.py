@@ -176,6 +176,12 @@ class PlanCtx:
         """Patterns of the tensors of units: `model/b1.*`."""
         return tuple(f"model/{u}.*" for u in units)
 
+    def part(self, which: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Patterns of the tensors of a part of the model, `full`, `body` or `head`, and of all its others."""
+        head = self.tensors(self.head)
+        body = ("model/*", *(f"!{p}" for p in head))
+        return {"full": (("model/*",), ()), "body": (body, head), "head": (head, body)}[which]
+
     def windows(self, **build: Any) -> tuple[Window, ...]:
         """What part of each tensor the model built with these keywords holds (`width=0.5`)."""
         return self.window(build)

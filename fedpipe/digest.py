@@ -13,6 +13,7 @@ from fedpipe.config import Run
 from fedpipe.errors import FedpipeError
 from fedpipe.io import digest
 from fedpipe.models import REGISTRY
+from fedpipe.models.weights import located
 
 ROOT = Path(__file__).parent.parent
 TRAINS = ("measure", "assign", "segment", "train", "aggregate", "evaluate")  # steps that run a method on a model
@@ -42,14 +43,14 @@ def code_digest(*starts: str | Path, root: Path = ROOT) -> str:
 def step_digest(step: str, run: Run | None = None, root: Path = ROOT) -> str:
     """Digest of the code of one step; for steps that train, with the run's own method and model.
 
-    Raises `FedpipeError` for a method or model that neither the package nor a file has.
+    Raises `FedpipeError` for a method or model that neither the package nor a file has, and weights that are nowhere.
     """
     starts: list[str | Path] = [f"fedpipe.steps.{step}"]
     if run is not None and step in TRAINS:
         models = {name: builder.partition(":")[0] for name, builder in REGISTRY.items()}
         starts += [method_start(run.method.name, root), _start("model", run.model.name, models)]
         if run.model.weights:
-            return digest(code_digest(*starts, root=root), _content(Path(run.model.weights)))
+            return digest(code_digest(*starts, root=root), _content(located(run.model.weights)))
     return code_digest(*starts, root=root)
 
 

@@ -144,7 +144,11 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "preresnet20"
-    weights: str | None = Field(None, description="safetensors file that gives first values; heads may be others")
+    weights: str | None = Field(
+        None,
+        description="what gives first values: a safetensors file, the output folder of a study of one run (its last"
+        " state), or a hub id <org>/<name> (its model.safetensors); heads may be others",
+    )
 
 
 def as_model(value: Any) -> Any:

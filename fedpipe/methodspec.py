@@ -2,9 +2,11 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+BESIDE = {"keys", "label"}
 
 
 class MethodSpec(BaseModel):
@@ -16,17 +18,23 @@ class MethodSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     settings: dict[str, Any] = {}
+    label: str | None = Field(None, description="how tables name the entry; default: the method, its settings and keys")
+    keys: dict[Literal["model", "local", "budgets"], Any] = Field(
+        {}, description="keys of the study that this entry has in place of the study's: {local: {epochs: 5}}"
+    )
 
 
 def named(value: Any) -> Any:
-    """A study's list of methods as names with settings: `fedavg`, `{fedprox: {mu: 1}}` and `{name: fedprox}` alike."""
+    """A study's list of methods as names with settings: `fedavg`, `{fedprox: {mu: 1}}` and `{name: fedprox}` alike;
+    what else an entry has stands beside: `{fedavg: {}, keys: {local: {epochs: 5}}}`."""
     if not isinstance(value, list):
         return value
     out = []
     for item in value:
-        if isinstance(item, dict) and len(item) == 1 and "name" not in item:
-            ((name, settings),) = item.items()
-            out.append({"name": name, "settings": settings or {}})
+        if isinstance(item, dict) and "name" not in item and len(item.keys() - BESIDE) == 1:
+            ((name, settings),) = ((k, v) for k, v in item.items() if k not in BESIDE)
+            beside = {k: v for k, v in item.items() if k in BESIDE}
+            out.append({"name": name, "settings": settings or {}, **beside})
         else:
             out.append({"name": item} if isinstance(item, str) else item)
     return out
@@ -37,8 +45,26 @@ def points(method: MethodSpec) -> list[MethodSpec]:
     grids = {
         k: _grid(f"{method.name}.{k}", v) for k, v in method.settings.items() if isinstance(v, dict) and "grid" in v
     }
-    products = itertools.product(*grids.values())
-    return [MethodSpec(name=method.name, settings=method.settings | dict(zip(grids, p, strict=True))) for p in products]
+    chosen = (dict(zip(grids, p, strict=True)) for p in itertools.product(*grids.values()))
+    return [method.model_copy(update={"settings": method.settings | c}) for c in chosen]
+
+
+def replaced(method: MethodSpec, shared: dict[str, BaseModel]) -> dict[str, Any]:
+    """The keys of a study with a method's own in their place; what a group does not name stays, but of `budgets`."""
+    out: dict[str, Any] = dict(shared)
+    for key, value in method.keys.items():
+        out[key] = value if key == "budgets" else merged(shared[key], value)
+    return out
+
+
+def merged(group: Any, value: Any) -> Any:
+    """A group of keys with those of `value` in their place; another kind of group, or no group, is replaced whole."""
+    if not isinstance(group, BaseModel) or not isinstance(value, dict):
+        return value
+    old = {k: getattr(group, k) for k in type(group).model_fields}
+    if "name" in value and value["name"] != old.get("name"):
+        return value
+    return old | {k: merged(old.get(k), v) for k, v in value.items()}
 
 
 def _grid(at: str, value: dict[str, Any]) -> list[Any]:
@@ -50,11 +76,16 @@ def _grid(at: str, value: dict[str, Any]) -> list[Any]:
 
 
 def setting_label(method: MethodSpec) -> str:
-    """A method and its settings, as tables name it."""
+    """A method, its settings and its keys, as tables name it."""
+    if method.label:
+        return method.label
     file, _, record = method.name.partition(":")
     short = Path(file).stem + (f":{record}" if record not in ("", "method") else "")
     shown = {
         k: f" of {v['grid']}" if isinstance(v, dict) and "grid" in v else f"={v}" for k, v in method.settings.items()
     }
-    settings = ", ".join(k + text for k, text in sorted(shown.items()))
+    said = [k + text for k, text in sorted(shown.items())]
+    for key, value in method.keys.items():
+        said += [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [f"{key}={value}"]
+    settings = ", ".join(said)
     return f"{short} ({settings})" if settings else short

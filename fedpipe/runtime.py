@@ -33,7 +33,7 @@ from fedpipe.recompute import Policy
 from fedpipe.records import changed
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
-from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, select
+from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, matches
 
 Settings = tuple[tuple[str, Any], ...]  # keywords a client's model is built with
 CACHE = 3 << 19  # bytes of parameters a stack on a CPU may have
@@ -184,7 +184,8 @@ class Runtime:
 
     def received(self, plan: Plan, state: Tensors) -> Tensors:
         """What a client of a plan starts from: names it receives or has fixed, as `in/*`, cut to its part."""
-        return {f"in/{n}": t for n, t in cut(select(state, (*plan.down, *plan.fixed)), plan.index).items()}
+        held = {n: t for n, t in state.items() if matches(n, plan.down) or matches(n, plan.fixed)}
+        return {f"in/{n}": t for n, t in cut(held, plan.index).items()}
 
     def moved(self, tensors: Tensors) -> Tensors:
         """Tensors on the device that trains."""

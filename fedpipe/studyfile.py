@@ -159,4 +159,4 @@ def load_run(path: Path) -> Run:
 def _selected(run: Run, folder: Path) -> Run:
     rows = read_table(folder / "chosen.parquet").to_pylist()
     settings = next(json.loads(r["settings"]) for r in rows if r["chosen"])
-    return run.but(method=MethodSpec(name=run.method.name, settings=settings))
+    return run.but(method=run.method.model_copy(update={"settings": settings}))

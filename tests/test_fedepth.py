@@ -155,7 +155,10 @@ def told(got: Played, name: str, faithful: bool = False, heads: bool = False) ->
                 up = fedepth.client(w, nets[0], blocks, lambda j, t=t, i=i: got.batches(t, i, j), 0.05, 0.9, 5e-4,
                                     faithful=faithful)  # fmt: skip
             uploads.append(up)
-        w = fedepth.mean_by_head(w, uploads, samples, trained) if heads else fedepth.mean(uploads, samples)
+        if heads and faithful:
+            w = fedepth.mean_by_published_weights(uploads, samples, [PUBLISHED[r] for r in GROUPS[name]])
+        else:
+            w = fedepth.mean_by_head(w, uploads, samples, trained) if heads else fedepth.mean(uploads, samples)
     return w, {names[n]: t for n, t in peer.items()}
 
 
@@ -202,6 +205,40 @@ def test_a_head_behind_every_block(name: str, epochs: int, root: Path) -> None:
     moved = {n.split(".")[0] for n in end if n.startswith("exit_") and not torch.equal(start[n], end[n])}
     ends = {b[-1] for ratio in GROUPS[name] for b in PUBLISHED[ratio]}
     assert moved == {f"exit_b{k}" for k in ends - {9}}, "a head that nobody trains stays as it is"
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("name", ["fair", "lack"])
+def test_heads_weigh_and_the_last_of_six_blocks_stays_frozen_as_published(name: str, epochs: int, root: Path) -> None:
+    got = scenario(root, name, "fedepth_mhead", epochs, 32, faithful=True)
+    assert max(len(got.batches(0, i, 0)) for i in range(4)) > epochs, "several batches"
+    w, _ = told(got, name, faithful=True, heads=True)
+    same(got, w, heads=True)
+    plain, _ = told(got, name, heads=True)
+    far = {n: float((w[n] - plain[n]).abs().max()) for n in w}
+    for units in ("123456", "789"):
+        assert max(d for n, d in far.items() if n[0] in units and "th " not in n) > 1e-3, "frozen blocks moved"
+    ends = {b[-1] for ratio in GROUPS[name] for b in PUBLISHED[ratio]}
+    end, heads = got.state(2), {k: f"exit_b{k}." for k in range(1, 9)}
+    zero = {k for k, head in heads.items() if all(not t.any() for n, t in end.items() if n.startswith(head))}
+    assert zero == {1, 2, 3, 4, 5} - ends == ({5} if name == "fair" else set()), "heads that weigh and nobody trained"
+    assert all(far[f"{k}th linear"] > 1e-3 for k in (1, 2, 3, 4, 5))
+    phases = [r for r in io.read_table(got.paths.plans).to_pylist() if r["phase"] == 5]
+    assert [(r["upto"], r["trains"]) for r in phases] == [(None, ["b5", "b6", "head"])]
+
+
+def test_each_published_quirk_of_heads_moves_the_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The re-statement with either of them left out is far away: both are seen to be there."""
+    got = scenario(root, "fair", "fedepth_mhead", 1, 32, faithful=True)
+    w, _ = told(got, "fair", faithful=True, heads=True)
+    with monkeypatch.context() as m:
+        m.setattr(fedepth, "in_published_phase", fedepth.trained_in)
+        trained, _ = told(got, "fair", faithful=True, heads=True)
+    with monkeypatch.context() as m:
+        m.setattr(fedepth, "mean_by_published_weights", lambda uploads, samples, blocks: fedepth.mean(uploads, samples))
+        plain, _ = told(got, "fair", faithful=True, heads=True)
+    assert min(apart([w[f"{k} conv b"]], [trained[f"{k} conv b"]]) for k in (5, 6, 7, 8, 9)) > 1e-3
+    assert min(apart([w[f"{k}th linear"]], [plain[f"{k}th linear"]]) for k in (1, 2, 3, 4, 5)) > 1e-3
 
 
 def test_a_client_that_lacks_memory_sends_what_it_left_out_as_it_came(root: Path) -> None:
@@ -316,12 +353,42 @@ def test_what_is_sent_is_what_was_trained_where_the_mean_is_of_trainers(faithful
     assert sent == {"stem", "head", *(f"b{k}" for k in range(4, 10))}
 
 
-def test_heads_that_were_trained_are_sent_faithful_or_not(root: Path) -> None:
+def test_heads_that_were_trained_are_sent_or_all_where_the_mean_is_the_published(root: Path) -> None:
     for faithful in (False, True):
         got = scenario(root, "fair", "fedepth_mhead", 1, 128, faithful=faithful)
         ups = [
             {n.split(".")[0] for n in got.state(0) if matches(f"model/{n}", p.up)}
             for p in read_plans(io.read_table(got.paths.plans))[0].values()
         ]
+        if faithful:
+            assert ups == [{n.split(".")[0] for n in got.state(0)}] * 4
+            continue
         ends = [{f"exit_b{b[-1]}" for b in PUBLISHED[r] if b[-1] < 9} | {"head"} for r in GROUPS["fair"]]
         assert sorted(sorted(u for u in up if "exit" in u or u == "head") for up in ups) == sorted(map(sorted, ends))
+
+
+@pytest.mark.parametrize("average", ["all", "trained"])
+def test_what_a_client_of_six_blocks_sends_as_published(average: str, root: Path) -> None:
+    """Heads times their weights; where the mean is of trainers, what it trained, as it is."""
+    got = scenario(root, "fair", "fedepth_mhead", 1, 128, faithful=True, average=average)
+    rt = Runtime(got.run, got.data)
+    six = next(p for p in read_plans(io.read_table(got.paths.plans))[0].values() if len(p.phases) == 6)
+    person = rt.client(rt.ctx(0, 0), rt.received(six, rt.state0), got.rows[0])
+    (result,) = rt.loop().train([person], six)
+    units = {n.split(".")[0].removeprefix("model/") for n in result.sent}
+    trained = {"stem", "head", *(f"b{k}" for k in range(1, 7)), *(f"exit_b{k}" for k in (1, 2, 3, 4, 6))}
+    assert units == (trained if average == "trained" else {n.split(".")[0] for n in got.state(0)})
+    weights = {1: 4, 2: 2, 3: 2, 4: 2, 5: 0} if average == "all" else {}
+    for n, t in result.sent.items():
+        weight = next((w for k, w in weights.items() if n.startswith(f"model/exit_b{k}.")), 1)
+        assert torch.equal(t, weight * result.at[n]), n
+
+
+def test_a_client_that_trains_a_peer_sends_no_head_that_weighs(root: Path) -> None:
+    got = scenario(root, "surplus", "fedepth_mhead", 1, 128, faithful=True)
+    rt = Runtime(got.run, got.data)
+    plan = next(p for p in read_plans(io.read_table(got.paths.plans))[0].values() if p.keep)
+    (result,) = rt.loop().train([rt.client(rt.ctx(0, 0), rt.received(plan, rt.state0), got.rows[3])], plan)
+    assert {n for n in rt.state0} == {*result.sent}
+    zero = {n.split(".")[0] for n, t in result.sent.items() if n.endswith("linear.weight") and not t.any()}
+    assert zero == {f"model/exit_b{k}" for k in (1, 2, 3, 4, 5)}

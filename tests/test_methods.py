@@ -159,6 +159,21 @@ def test_fedbabu_finetunes_the_part_it_is_told(part: str, moved: set[str], root:
     assert {n.split("/")[1].split(".")[0] for n, t in game.state.items() if not equal({n: at[n]}, {n: t})} == moved
 
 
+@pytest.mark.parametrize("part", ["body", "head"])
+def test_fedavg_trains_and_sends_the_part_it_is_told(part: str, root: Path) -> None:
+    game = Game(make_run({"fedavg": {"part": part}}), root)
+    begin, state = game.state, game.play().state
+    mine = {n for n in begin if n.startswith("model/head.") == (part == "head")}
+    assert {n for n in begin if not torch.equal(begin[n], state[n])} == mine and len(mine) in (2, 6)
+    assert all(set(io.decode(s.image)[0]) == mine for s in game.sent if s.image)
+    assert {s.metrics[0]["payload_down"] for s in game.sent} == {sum(begin[n].numel() * 4 for n in mine)}
+
+
+def test_the_body_of_fedavg_is_that_of_fedbabu(root: Path) -> None:
+    ours, theirs = (Game(make_run(m), root).play().state for m in ({"fedavg": {"part": "body"}}, "fedbabu"))
+    assert equal(ours, theirs)
+
+
 def test_heterofl_keeps_what_nobody_holds(root: Path) -> None:
     keys = {"budgets": {"like_width": {0.5: 4, 0.25: 2}}}
     game = Game(make_run({"heterofl": {"widths": [1.0, 0.5, 0.25]}}, **keys), root)

@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 import torch
 from engine import IID, SKEWED, Game, distance, make_run
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpipe.digest import step_digest
-from fedpipe.errors import FedpipeError
 from fedpipe.runtime import Runtime
 from fedpipe.types import Phase, Tensors
 
@@ -87,40 +84,3 @@ def test_statistics_are_those_of_the_rows(root: Path) -> None:
     y = rt.data.y[test]
     assert point["loss"] == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-4)
     assert point["accuracy"] == pytest.approx(float(np.mean((z.argmax(1) == y).numpy())))
-
-
-def test_weights_give_first_values_and_their_content_counts(root: Path, tmp_path: Path) -> None:
-    file = tmp_path / "first.safetensors"
-    game = Game(make_run("fedavg", rounds=1), root).play()
-    save_file({n: t.contiguous() for n, t in game.state.items()}, file)
-    spec = {"name": "mlp", "hidden": [16, 16, 16], "weights": str(file)}
-    run = make_run("fedavg", model=spec, rounds=1)
-    again = Game(run, root)
-    assert distance(again.state, game.state) == 0
-    before = step_digest("assign", run)
-    save_file({n: t + 1 for n, t in game.state.items() if not n.startswith("model/head")}, file)
-    assert step_digest("assign", run) != before
-    moved = Game(run, root)
-    apart = {n: float((moved.state[n] - t).abs().max()) for n, t in game.state.items()}
-    assert all(a == pytest.approx(1) for n, a in apart.items() if "head" not in n)
-    drawn = Game(make_run("fedavg", rounds=1), root).state
-    assert all(torch.equal(moved.state[n], drawn[n]) for n in drawn if "head" in n)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"stem.1.weight": torch.zeros(3, 3)}, r"stem.1.weight has shape \[3, 3\], wanted \[16, 256\]"),
-        ({}, r"no tensor \S+; wanted all of the network's but its heads'"),
-        (None, "No such file"),
-    ],
-)
-def test_weights_of_another_network_are_refused(
-    tensors: Tensors | None, message: str, root: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "w.safetensors"
-    if tensors is not None:
-        save_file(tensors, file)
-    spec = {"name": "mlp", "hidden": [16, 16, 16], "weights": str(file)}
-    with pytest.raises(FedpipeError, match=f"model.weights: .*{message}"):
-        Game(make_run("fedavg", model=spec), root)

@@ -18,7 +18,7 @@ from fedpipe.errors import FedpipeError
 from fedpipe.io import read_table, table_meta, write_table, write_text
 from fedpipe.memory.parts import KINDS
 from fedpipe.paths import RunPaths, StudyPaths
-from fedpipe.report import cells, terminal
+from fedpipe.report import cells, peaks, peaks_picture, terminal
 from fedpipe.report.plan_picture import Group, groups
 from fedpipe.report.results import load, load_all
 from fedpipe.report.summaries import curves, observed, summary
@@ -347,6 +347,23 @@ def test_pictures_exist(made: StudyPaths) -> None:
     assert all(f.stat().st_size > 5000 for f in (made.root / "figures").iterdir())
 
 
+def test_the_largest_phase_of_every_budget(made: StudyPaths) -> None:
+    rows = peaks.largest([load(r.folder) for r in made.runs])
+    assert [(r.run.run.label, r.group.budget) for r in rows] == [(label, b * MIB) for label in ACCURACY for b in BLOCKS]
+    assert [r.predicted and r.predicted // MIB for r in rows] == [None, None, None, 19, 4, 6, 9, 19]
+    assert [r.measured for r in rows] == [None] * 3 + [int(19 * MIB * 0.98)] + [None] * 3 + [int(19 * MIB * 0.98)]
+    shown = peaks.by_budget(rows)
+    assert shown.rows[0] == ["preresnet20", "fedavg_ft", "none", "5.00", "left out", "", ""]
+    assert shown.rows[-1] == ["preresnet20", "fedepth", "none", "20.00", "1", "19.00", "18.62"]
+    drawn = peaks_picture.draw(rows)
+    (ax,) = drawn.axes
+    assert sum(p.get_width() for p in ax.patches) == pytest.approx(19 + 4 + 6 + 9 + 19)
+    marks = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "D"]
+    limits = [line.get_xdata()[0] for line in ax.lines if line.get_marker() != "D"]
+    assert marks == pytest.approx([18.62, 18.62], abs=0.01) and limits == [*BLOCKS, *BLOCKS]
+    assert sum(t.get_text() == "left out" for t in ax.texts) == 3
+
+
 def test_plan_picture_rows(made: StudyPaths) -> None:
     depth, width = (load(made.runs[i].folder) for i in (3, 0))
     rows = groups(depth.plans_table, depth.assignment_table)
@@ -379,7 +396,7 @@ def test_report_is_self_contained_and_whole(made: StudyPaths) -> None:
     sections += ["Accuracy per client", "Peak memory, predicted and measured", "Labels per client", "Versions"]
     assert re.findall(r"<h2>(.*?)</h2>", html) == [*sections, "How to run it again"]
     ids = re.findall(r'\bid="([^"]+)"', html)
-    assert len(ids) == len(set(ids)) and html.count("<svg") == 6
+    assert len(ids) == len(set(ids)) and html.count("<svg") == 7
     assert "2026-01-01" not in html
 
 

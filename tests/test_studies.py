@@ -78,6 +78,46 @@ def test_chosen_methods_keep_their_grid(tmp_path: Path) -> None:
     ]
 
 
+# ------------------------------------------------------------------------------------------------- keys of one entry
+def test_an_entry_has_keys_of_its_own(tmp_path: Path) -> None:
+    longer = {"fedprox": {"mu": {"grid": [0.01, 1.0]}}, "keys": {"local": {"epochs": 3, "optimizer": {"lr": 0.2}}}}
+    narrow = {"fedavg": {}, "keys": {"model": {"hidden": [8]}}, "label": "narrow"}
+    methods = ["fedavg", longer, narrow, {"fedavg": None, "keys": {"model": "linear"}}]
+    study = written(tmp_path, methods=methods, local={"batch": 16, "optimizer": {"lr": 0.1, "momentum": 0.5}})
+    runs = {p.run.label: p.run for p in played(study, tmp_path / "out")}
+    own = "epochs=3, optimizer={'lr': 0.2}"
+    assert list(runs) == ["fedavg", f"fedprox (mu=0.01, {own})", f"fedprox (mu=1.0, {own})", "narrow",
+                          "fedavg (model=linear)"]  # fmt: skip
+    assert [(r.local.epochs, r.local.batch, r.local.optimizer.lr) for r in runs.values()] == [
+        (1, 16, 0.1), (3, 16, 0.2), (3, 16, 0.2), (1, 16, 0.1), (1, 16, 0.1)]  # fmt: skip
+    assert {r.local.optimizer.momentum for r in runs.values()} == {0.5}
+    networks = [(r.model.name, r.model.model_extra) for r in runs.values()]
+    assert networks[3:] == [("mlp", {"hidden": [8]}), ("linear", {})]
+    rows = table_of(tmp_path / "out")
+    assert list(rows) == list(runs) and len({r["loss"] for r in rows.values()}) == 5
+    assert rows["narrow"]["payload_up"] < rows["fedavg"]["payload_up"]
+    alone = written(tmp_path, local={"epochs": 3, "batch": 16, "optimizer": {"lr": 0.2, "momentum": 0.5}},
+                    methods=[{"fedprox": {"mu": 1.0}}])  # fmt: skip
+    played(alone, tmp_path / "alone")
+    (same,) = table_of(tmp_path / "alone").values()
+    assert same["loss"] == rows[f"fedprox (mu=1.0, {own})"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"local": {"epochz": 2}}, "methods: fedavg: keys.local.epochz: Extra inputs"),
+        ({"budgets": {"bytes": {"1MiB": 3}}}, "methods: fedavg: keys: budgets: clients per budget add up to 3"),
+        ({"rounds": 3}, "methods.0.keys.rounds: Input should be 'model', 'local' or 'budgets'"),
+        ({}, "methods: fedavg stands there twice"),
+    ],
+)
+def test_bad_keys_of_an_entry(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(FedpipeError, match="study.yaml") as e:
+        load_study(written(tmp_path, methods=[{"fedavg": {}, "keys": keys}, "fedavg"]))
+    assert said in str(e.value) and "\n" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -15,10 +15,12 @@ from pathlib import Path
 from fedpipe import io
 from fedpipe.config import Study
 from fedpipe.digest import step_digest
-from fedpipe.report import cells
+from fedpipe.paths import StudyPaths
+from fedpipe.report import cells, figures, peaks, peaks_picture, results
 from fedpipe.studyfile import load_study
 
 ROOT = Path(__file__).parents[2]
+PEAKS = f"The largest phase of what clients of a budget train; {cells.OVER} over the budget."
 STUDIES, KEPT = ROOT / "workflows/studies", ROOT / "benchmarks/results/studies"
 
 
@@ -46,7 +48,12 @@ def run(file: Path) -> None:
     io.write_table(stem.with_suffix(".obs.parquet"), seen, made)
     shown = cells.present(found, seen)
     head = f"`{file.relative_to(ROOT)}`, {made['date']}, commit {commit}, {platform.machine()}, {os.cpu_count()} cores."
-    stem.with_suffix(".md").write_text(f"{head}\n\n{cells.markdown(shown, cells.note(shown))}")
+    text = f"{head}\n\n{cells.markdown(shown, cells.note(shown))}"
+    if study.measure == "all":
+        rows = peaks.largest(results.load_all(study, [p.folder for p in StudyPaths(table.parent, study).runs]))
+        text += f"\n{cells.markdown(peaks.by_budget(rows), PEAKS)}"
+        figures.save(peaks_picture.draw(rows), stem)
+    stem.with_suffix(".md").write_text(text)
     print(f"{stem.relative_to(ROOT)}.md")
 
 

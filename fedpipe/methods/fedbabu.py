@@ -10,18 +10,17 @@ from fedpipe.types import Method, Phase, Plan
 
 
 def plan(ctx: PlanCtx) -> Plan | None:
-    head = ctx.tensors(ctx.head)
-    body = ("model/*", *(f"!{p}" for p in head))
+    body, head = ctx.part("body")
     return ctx.if_fits(Plan(phases=(Phase(live=body),), down=body, fixed=head, up=body, weight="one"))
 
 
 def finish(ctx: PlanCtx) -> Plan | None:
-    head = ctx.tensors(ctx.head)
-    live = {"full": ("model/*",), "body": ("model/*", *(f"!{p}" for p in head)), "head": head}[ctx.h["part"]]
+    live, _ = ctx.part(ctx.h["part"])
     tune = Phase("finetune", live=live, epochs=ctx.h["finetune_epochs"], lr=ctx.h["finetune_lr"])
     return ctx.if_fits(Plan(phases=(tune,), hold=("in/model/*",)))
 
 
 method = Method(
-    name="fedbabu", h={"finetune_epochs": 5, "finetune_lr": 0.01, "part": "full"}, plan=plan, finish=finish
+    name="fedbabu", h={"finetune_epochs": 5, "finetune_lr": 0.01, "part": ("full", "body", "head")},
+    plan=plan, finish=finish,
 )  # fmt: skip

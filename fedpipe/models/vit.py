@@ -1,8 +1,10 @@
 """ViT-Tiny (arXiv 2010.11929; the sizes of timm's vit_tiny: width 192, 12 layers, 3 heads) with patches of 4.
 
 Pre-norm layers, a class token, learnt positions, exact GELU; the head normalises the class token and classifies it.
+Files of timm's and of transformers' (ViTForImageClassification) give it first values.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -14,9 +16,22 @@ from fedpipe.errors import FedpipeError
 from fedpipe.kernels.common import Backend
 from fedpipe.models.norms import layer_norm
 from fedpipe.recompute import Linear, Pure, rebuilt
+from fedpipe.types import Tensors
 
 EPS = 1e-6
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]  # of x by weight and bias
+_NAME = re.compile(r"(?:vit\.)?(?:(?:blocks|encoder\.layer)\.(\d+)\.)?(.+?)(\.weight|\.bias)?")
+_AROUND = {
+    "cls_token": "stem.token", "pos_embed": "stem.positions", "patch_embed.proj": "stem.proj",
+    "norm": "head.norm", "head": "head.linear",
+    "embeddings.cls_token": "stem.token", "embeddings.position_embeddings": "stem.positions",
+    "embeddings.patch_embeddings.projection": "stem.proj", "layernorm": "head.norm", "classifier": "head.linear",
+}  # fmt: skip
+_INSIDE = {
+    "norm1": "norm1", "attn.qkv": "qkv", "attn.proj": "proj", "norm2": "norm2", "mlp.fc1": "fc1", "mlp.fc2": "fc2",
+    "layernorm_before": "norm1", "attention.attention.query": "qkv", "attention.output.dense": "proj",
+    "layernorm_after": "norm2", "intermediate.dense": "fc1", "output.dense": "fc2",
+}  # fmt: skip
 
 
 class Embed(nn.Module):
@@ -105,6 +120,24 @@ class Head(nn.Module):
     def behind(self, shape: tuple[int, ...]) -> "Head":
         """A head for the tokens of another layer."""
         return Head(shape[-1], self.linear.out_features)
+
+    @staticmethod
+    def renamed(found: Tensors) -> Tensors:
+        """The tensors of a file with timm's or transformers' names by vit_tiny's; what these lack is left out.
+
+        transformers' query, key and value [dim, dim] are one qkv [3 dim, dim]; its norms have eps 1e-12, these `EPS`.
+        """
+        out: Tensors = {}
+        for name, t in found.items():
+            layer, module, kind = m.groups("") if (m := _NAME.fullmatch(name)) else ("", name, "")
+            ours = (_INSIDE if layer else _AROUND).get(module)
+            if ours is None:
+                continue
+            if module.endswith("query"):
+                parts = [name.replace("query", part) for part in ("query", "key", "value")]
+                t = torch.cat([found[p] for p in parts if p in found])
+            out[(f"b{int(layer) + 1}." if layer else "") + ours + kind] = t
+        return out
 
 
 def vit_tiny(

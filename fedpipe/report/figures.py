@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import pyarrow as pa
 
@@ -69,10 +69,17 @@ def colour(index: int) -> str:
 @styled
 def save(figure: "Figure", stem: Path) -> None:
     """Write `stem`.svg and `stem`.png (200 dots per inch), without dates or versions."""
-    for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
-        sink = io.BytesIO()
-        figure.savefig(sink, format=kind, dpi=200, metadata=metadata, facecolor="white")
-        write_bytes(stem.with_name(f"{stem.name}.{kind}"), sink.getvalue())
+    for kind in ("svg", "png"):
+        write_bytes(stem.with_name(f"{stem.name}.{kind}"), drawn(figure, kind))
+
+
+@styled
+def drawn(figure: "Figure", kind: Literal["svg", "png"]) -> bytes:
+    """The figure as a file of this kind."""
+    sink = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    figure.savefig(sink, format=kind, dpi=200, metadata=metadata, facecolor="white")
+    return sink.getvalue()
 
 
 def plan_file(label: str) -> str:

@@ -14,10 +14,10 @@ from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import BLANK, read_table, write_sealed
 from fedpipe.paths import RunPaths
-from fedpipe.report import cells
-from fedpipe.report.figures import plan_file
+from fedpipe.report import cells, peaks_picture
+from fedpipe.report.figures import drawn, plan_file
 from fedpipe.report.page import inline, page
-from fedpipe.report.peaks import measured_peaks
+from fedpipe.report.peaks import largest, measured_peaks
 from fedpipe.report.results import RunResults, load_all
 from fedpipe.steps import measured, provenance
 from fedpipe.steps.table import pictured
@@ -122,6 +122,13 @@ def _picture(file: Path, title: str) -> str:
     return inline(file.read_text(), re.sub(r"\W+", "-", file.stem), title)
 
 
+def _memory(runs: list[RunResults]) -> str:
+    peaks, rows = measured_peaks(runs), largest(runs)
+    picture = drawn(peaks_picture.draw(rows), "svg").decode()
+    table = cells.html(peaks) if peaks.rows else "<p>No peak was measured.</p>"
+    return inline(picture, "peaks", "peak memory by method and budget") + table
+
+
 def _histogram(run: RunResults) -> str:
     root = run.folder.parent.parent
     file = RunPaths(root, run.run).clients.with_name("histogram.svg")
@@ -159,7 +166,6 @@ def sections(study: Study, runs: list[RunResults], table: Path) -> list[tuple[st
     shown = cells.present(read_table(table), read_table(table.with_suffix(".obs.parquet")))
     scores, rest = cells.split(shown, "Taking part")
     tables = [scores, *cells.split(rest, "Payload up / down (MiB)")]
-    peaks = measured_peaks(runs)
     plans = [_picture(drawn / f"{plan_file(k)}.svg", f"plans of {k}") for k in pictured(runs)]
     return [
         ("Results", "".join(map(cells.html, tables)) + f'<p class="note">{escape(cells.note(shown))}</p>'),
@@ -168,7 +174,7 @@ def sections(study: Study, runs: list[RunResults], table: Path) -> list[tuple[st
         ("Accuracy over rounds", _picture(drawn / "accuracy_rounds.svg", "accuracy over rounds")),
         ("Accuracy against bytes", _picture(drawn / "accuracy_bytes.svg", "accuracy against bytes sent")),
         ("Accuracy per client", _picture(drawn / "accuracy_clients.svg", "accuracy per client")),
-        ("Peak memory, predicted and measured", cells.html(peaks) if peaks.rows else "<p>No peak was measured.</p>"),
+        ("Peak memory, predicted and measured", _memory(runs)),
         ("Labels per client", _histogram(runs[0])),
         ("Versions", _versions(runs)),
         ("How to run it again", _again(study)),

@@ -5,7 +5,8 @@ A client downloads everything. For each of its blocks in depth order it trains t
 momentum: new for each block's layers, the head's goes on through the client's round. It uploads everything; the server
 takes the mean weighted by samples. A client that lacks memory leaves its first layers out of the forward; one with
 memory for two trains a peer beside the model, each on its cross-entropy and the KL divergence from what the other
-gives. m-FeDepth: every layer has a head of its own, norm, mean, linear, in the place of link and shared head.
+gives. m-FeDepth: every layer has a head of its own, norm, mean, linear, in the place of link and shared head. Its
+published code weighs these in the mean, and never trains the last of six blocks.
 """
 
 from collections.abc import Callable, Sequence
@@ -115,6 +116,17 @@ def trained_in(net: Net, blocks: Sequence[Sequence[int]], j: int) -> list[str]:
     return [n for n in net.w if n.split()[0] in units]
 
 
+def in_published_phase(net: Net, blocks: Sequence[Sequence[int]], j: int) -> list[str]:
+    """Parameters that have gradients in phase j of the published code with torch 1.7.
+
+    For the last of six blocks m-FeDepth's enables the last head, disables that block's layers and leaves all else as it
+    is: the block before is enabled, and the loss is that of all layers. (So is its head, which is not in that loss.)
+    """
+    if not net.heads or (len(blocks), j) != (6, 5):
+        return trained_in(net, blocks, j)
+    return [n for n in net.w if n.split()[0] in [*(str(k) for k in blocks[4]), "last"]]
+
+
 def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], batches: Batches, lr: float,
            momentum: float, decay: float, carry: bool = True, faithful: bool = False) -> dict[str, Tensor]:  # fmt: skip
     """What a client uploads: `blocks` are layer numbers, e.g. [[1, 2], [3, ..., 9]]; batches(j) those of block j.
@@ -126,7 +138,7 @@ def client(start: dict[str, Tensor], net: Net, blocks: Sequence[Sequence[int]], 
     net.put(start)
     v = {n: torch.zeros_like(p) for n, p in net.w.items()}
     for j, block in enumerate(blocks):
-        trained = trained_in(net, blocks, j)
+        trained = (in_published_phase if faithful else trained_in)(net, blocks, j)
         for n, p in net.w.items():
             p.requires_grad_(n in trained)
             if not faithful and not (carry and n.startswith("last")):
@@ -183,4 +195,17 @@ def mean_by_head(old: dict[str, Tensor], uploads: Sequence[dict[str, Tensor]], s
         total = sum(samples[i] for i in who)
         new[name] = sum((samples[i] * uploads[i][name] for i in who), torch.zeros_like(old[name]))
         new[name] = new[name] / total if who else old[name]
+    return new
+
+
+def mean_by_published_weights(uploads: Sequence[dict[str, Tensor]], samples: Sequence[int],
+                              blocks: Sequence[Sequence[Sequence[int]]]) -> dict[str, Tensor]:  # fmt: skip
+    """`mean`, but 4 times what clients sent of heads 1 and 5 and twice of 2, 3 and 4 where one of their blocks ends
+    there, nothing where not, over the samples of all the same."""
+    new = mean(uploads, samples)
+    for k, weight in {1: 4, 2: 2, 3: 2, 4: 2, 5: 4}.items():
+        who = [i for i, mine in enumerate(blocks) if k in [block[-1] for block in mine]]
+        for name in (n for n in new if n.startswith(f"{k}th ")):
+            sent = sum((weight * samples[i] * uploads[i][name] for i in who), torch.zeros_like(new[name]))
+            new[name] = sent / sum(samples)
     return new
