@@ -149,7 +149,7 @@ class Study(_Shared):
         return [
             Run(**self._of(m), method=m, seed=s, select=self.select if points(m) != [m] else None)
             for m in self.entries
-            for s in self.seeds
+            for s in m.seeds or self.seeds
             if self.select is None or s != self.select.seed
         ]
 

@@ -26,6 +26,7 @@ class Ctx:
     seed: int
     clients: int  # in the study
     classes: int
+    rounds: int = 0  # of the study
     round: int = 0
     client: int | None = None
     plan: Plan | None = None  # of this client, at `begin` and `end`
@@ -34,10 +35,12 @@ class Ctx:
     lr: float = 0.0  # of this round and phase
     steps: int = 0  # of this client: in the phase inside steps, in the round at `end`
     samples: int = 0
-    chain: "Chain | None" = field(default=None, repr=False)
+    chain: "Chain | None" = field(default=None, repr=False)  # of the client, at the server of all
+    labels: "Tensor | None" = field(default=None, repr=False)  # at `end`: which classes [classes] this client has
     aggregation: "Backend" = "auto"  # what `mean` runs by
     norm: "Backend" = "auto"  # what levels of recomputation run by
     loss: str = "plain"  # whose classes count in `task`: plain | masked_batch | masked_client
+    fresh: Callable[[str], Tensors] | None = field(default=None, repr=False)  # at `init`: the model's values drawn anew
     half: "torch.dtype | None" = None  # what layers of the training compute in; None: in their parameters' type
 
     def mean(self, state: Tensors, updates: "Iterable[Update]") -> Tensors:
@@ -48,6 +51,14 @@ class Ctx:
 
     def forward(self, at: Tensors, x: "Tensor", prefix: str = "model/") -> "tuple[Tensor, Tensors]":
         """Logits of the model named by `prefix` on x [n, ...], and the buffers it changed (running statistics)."""
+        p = self.phase
+        return self._run(at, x, prefix, {"upto": p.upto, "since": p.since} if p else {})
+
+    def exits(self, at: Tensors, x: "Tensor", units: Sequence[str], prefix: str = "model/") -> "tuple[Any, Tensors]":
+        """Logits behind each of some units, in one pass: a list of [n, classes]; and the buffers it changed."""
+        return self._run(at, x, prefix, {"ends": tuple(units)})
+
+    def _run(self, at: Tensors, x: "Tensor", prefix: str, words: dict[str, Any]) -> "tuple[Any, Tensors]":
         import torch
 
         from fedpipe.models.dropout import PREFIX
@@ -61,14 +72,14 @@ class Ctx:
         if self.role == "train":
             buffers = {n: values[n].clone() for n in chain.buffer_names}
             masks = {f"{n}.keep": at[PREFIX + n] for n in chain.noise.layers if PREFIX + n in at}
-        p = self.phase
-        words = {"upto": p.upto, "since": p.since, "policy": self._policy()} if p else {}
+        words = {**words, "policy": self._policy()}
         given = {**values, **buffers, **masks}
         if self.half is None or self.role != "train":
             z = torch.func.functional_call(chain, given, (x,), words)
         else:
             with torch.autocast(x.device.type, self.half, cache_enabled=False):
-                z = torch.func.functional_call(chain, given, (x,), words).to(x.dtype)
+                z = torch.func.functional_call(chain, given, (x,), words)
+            z = [each.to(x.dtype) for each in z] if isinstance(z, list) else z.to(x.dtype)
         return z, {prefix + n: b for n, b in buffers.items()}
 
     def _policy(self) -> "Policy | None":
@@ -186,6 +197,12 @@ class PlanCtx:
         """What part of each tensor the model built with these keywords holds (`width=0.5`)."""
         return self.window(build)
 
+    def rolled(self, windows: Sequence[Window], by: int) -> tuple[Window, ...]:
+        """Windows that begin `by` entries further on, or back, wrapping round in each of their dimensions."""
+        full = {f"model/{n}": t.shape for n, t in self.choose.chain.state_dict().items()}
+        starts = ((w, by % full[w.name][w.dim]) for w in windows)
+        return tuple(Window(w.name, w.dim, start, start + w.stop - w.start) for w, start in starts)
+
     def if_fits(self, plan: Plan) -> Plan | None:
         """The plan if its predicted peak and the margin are within the row's budget, else None. Where the study leaves
         recomputation free, it recomputes as much as that takes."""
@@ -209,6 +226,12 @@ class PlanCtx:
     def head_of(self, unit: str) -> str:
         """The head that is trained with a block that ends with a unit: its own exit, or the chain's."""
         return self.choose.chain.head_of(unit)
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """The units with a head of their own behind them, and the last, in order."""
+        heads = self.choose.chain.heads
+        return tuple(u for u in self.units if u in heads or u == self.units[-1])
 
     @property
     def skippable(self) -> int:

@@ -71,6 +71,9 @@ class Local(Typed):
     epochs: Positive = 1
     batch: Positive = 32
     optimizer: Optimizer = Optimizer()
+    steps: Positive | None = Field(
+        None, description="instead of epochs: steps of a client in a round, shared out among the phases of its plan"
+    )
     batches: Literal["redraw", "fixed"] = Field(
         "redraw",
         description="fixed: who is in a batch with whom is drawn once per client and round, then only the order",

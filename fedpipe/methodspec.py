@@ -2,11 +2,11 @@
 
 import itertools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-BESIDE = {"keys", "label"}
+BESIDE = {"keys", "label", "seeds"}
 
 
 class MethodSpec(BaseModel):
@@ -19,8 +19,11 @@ class MethodSpec(BaseModel):
     name: str
     settings: dict[str, Any] = {}
     label: str | None = Field(None, description="how tables name the entry; default: the method, its settings and keys")
-    keys: dict[Literal["model", "local", "budgets"], Any] = Field(
+    keys: dict[Literal["data", "model", "cohort", "local", "budgets", "evaluate"], Any] = Field(
         {}, description="keys of the study that this entry has in place of the study's: {local: {epochs: 5}}"
+    )
+    seeds: list[Annotated[int, Field(strict=True)]] | None = Field(
+        None, description="instead of the study's", min_length=1
     )
 
 
@@ -49,7 +52,7 @@ def points(method: MethodSpec) -> list[MethodSpec]:
     return [method.model_copy(update={"settings": method.settings | c}) for c in chosen]
 
 
-def replaced(method: MethodSpec, shared: dict[str, BaseModel]) -> dict[str, Any]:
+def replaced(method: MethodSpec, shared: dict[str, Any]) -> dict[str, Any]:
     """The keys of a study with a method's own in their place; what a group does not name stays, but of `budgets`."""
     out: dict[str, Any] = dict(shared)
     for key, value in method.keys.items():

@@ -117,7 +117,7 @@ class Mixing:
         terms = cache(lambda plan, start: self.of(plan, states[start]))
         # On the device that trains, whose kernels fold; states themselves live on the CPU.
         updates = (self._update(s, terms(s.row["plan"], s.row["start"])) for s in chain((first,), arrived))
-        ctx = self.rt.ctx(row["round"], role="server")
+        ctx = replace(self.rt.ctx(row["round"], role="server"), chain=self.rt.build())
         aggregate = self.rt.method.aggregate or (lambda state, updates, ctx: ctx.mean(state, updates))
         return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), updates, ctx).items()}
 

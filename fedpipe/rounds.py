@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpipe.aggregate import picked
+from fedpipe.aggregate import Terms, picked
 from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
 from fedpipe.failures import attempt, judge, not_finite, over_budget, said
@@ -18,10 +18,11 @@ from fedpipe.messages import Held, all_finite, layout, numbers, sizes
 from fedpipe.mixing import Mixing, Rows, Sent, World, row_id
 from fedpipe.records import changed
 from fedpipe.runtime import Runtime
-from fedpipe.types import Plan, Tensors
+from fedpipe.types import Patterns, Plan, Tensors
 
 __all__ = ["Rounds", "Rows", "Sent", "World"]
-Down = dict[tuple[str, str, str | None], tuple[int, int]]  # of (start, plan, reply): bytes of payload and header
+# of (start, plan, reply, what is received): bytes of payload and header
+Down = dict[tuple[str, str, str | None, Patterns], tuple[int, int]]
 ROOM = 4 << 30  # bytes of a round's messages that wait on the device that trains; more of them wait on the host
 
 
@@ -73,9 +74,10 @@ class Rounds(Mixing):
         trained = self._trained(group, plan, world, later)
         losses = _losses([result for result, _ in trained])
         for row, (result, failed), lost in zip(group, trained, losses, strict=True):
-            key = (row["start"], row["plan"], row["reply"])
+            own = self._filled(row, plan)
+            key = (row["start"], row["plan"], row["reply"], own.down)
             if key not in down:
-                down[key] = self._down(row, plan, world)
+                down[key] = self._down(row, own, world)
             sent = self._sent(row, plan, result, failed, lost, down[key], room > 0)
             if later and isinstance(sent.message, Held):
                 sent.doubt = replace(result, at={}, sent={n: sent.message.tensors[n] for n in result.sent})
@@ -126,14 +128,18 @@ class Rounds(Mixing):
 
     def _received(self, group: Rows, plan: Plan, world: World) -> list[Tensors]:
         """What each client of a group starts from; clients of one state share its tensors."""
-        starts: dict[str, Tensors] = {}
+        starts: dict[tuple[str, Patterns], Tensors] = {}
         out = []
         for row in group:
-            if (name := row["start"]) not in starts:
-                starts[name] = self.rt.moved(self.rt.received(plan, world.states[name]))
+            own = self._filled(row, plan)
+            if (key := (row["start"], own.down)) not in starts:
+                starts[key] = self.rt.moved(self.rt.received(own, world.states[row["start"]]))
             reply = picked(world.states[row["reply"]], plan.reply) if row["reply"] else {}
-            out.append({**starts[name], **{f"re/{n}": t for n, t in reply.items()}, **world.own(row["client"])})
+            out.append({**starts[key], **{f"re/{n}": t for n, t in reply.items()}, **world.own(row["client"])})
         return out
+
+    def _filled(self, row: dict[str, Any], plan: Plan) -> Plan:
+        return self.rt.filled(plan, self.rt.ctx(row["round"], row["client"])) if self.rt.method.fill else plan
 
     def _client(self, row: dict[str, Any], received: Tensors, ctx: Ctx) -> Client:
         """A client of the loop; ctx: that of its round."""
@@ -142,7 +148,8 @@ class Rounds(Mixing):
 
     def _down(self, row: dict[str, Any], plan: Plan, world: World) -> tuple[int, int]:
         """(payload, header) bytes of what a client receives, as of the very messages."""
-        terms = self.of(row["plan"], world.states[row["start"]])
+        state = world.states[row["start"]]
+        terms = Terms(plan, state) if self.rt.method.fill else self.of(row["plan"], state)
         counted = [sizes(terms.down, {"round": row["round"], "state": row["start"]})]
         if row["reply"]:
             reply = picked(world.states[row["reply"]], plan.reply)

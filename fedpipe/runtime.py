@@ -65,16 +65,21 @@ class Runtime:
         return self._built[settings]
 
     def _build(self, settings: Settings) -> Chain:
-        with seeded(key(self.run.seed, None, None, "init") % 2**63):
-            chain = models.load(
-                self.run.model, self.data.shape, self.data.classes, **self.method.model, **dict(settings)
-            )
-        run, data = self.run, self.data
+        chain, run, data = self._drawn("init", settings), self.run, self.data
         what = canonical(
-            [run.model.model_dump(mode="json"), self.method.model, settings, data.shape, data.classes, run.precision]
+            [run.model.model_dump(mode="json"), self.method.built, settings, data.shape, data.classes, run.precision]
         )
         chain.key = what, str(self.device), models.builder(run.model.name)
-        return chain.to(dtype=self.dtype, device=self.device)
+        return chain.to(device=self.device)
+
+    def _drawn(self, purpose: str, settings: Settings = ()) -> Chain:
+        """The model on the CPU, its values drawn for a purpose."""
+        with seeded(key(self.run.seed, None, None, purpose) % 2**63):
+            words = {**self.method.built, **dict(settings)}
+            return models.load(self.run.model, self.data.shape, self.data.classes, **words).to(dtype=self.dtype)
+
+    def _fresh(self, purpose: str) -> Tensors:
+        return {n: t.detach() for n, t in self._drawn(f"init/{purpose}").state_dict().items()}
 
     def chain(self, plan: Plan) -> Chain:
         return self.build(plan.model)
@@ -88,7 +93,8 @@ class Runtime:
         model = {f"model/{n}": t.detach().cpu().clone() for n, t in self.build().state_dict().items()}
         if self.run.model.weights:
             model = weights.taken(model, self.build(), Path(self.run.model.weights))
-        state = self.method.init(model, self.ctx(role="server")) if self.method.init else model
+        ctx = replace(self.ctx(role="server"), chain=self.build(), fresh=self._fresh)
+        state = self.method.init(model, ctx) if self.method.init else model
         return dict(sorted(state.items()))  # one order of names, in memory as in files
 
     def windows(self, settings: Settings) -> tuple[Window, ...]:
@@ -100,6 +106,7 @@ class Runtime:
             seed=self.run.seed,
             clients=self.run.data.partition.clients,
             classes=self.data.classes,
+            rounds=self.run.rounds,
             round=round,
             client=client,
             role=role,
@@ -112,10 +119,15 @@ class Runtime:
         )
 
     def levelled(self, plan: Plan) -> Plan:
-        """The plan, with the study's recomputation in phases that name none. FedpipeError where the model cannot."""
+        """The plan, with the study's recomputation and steps in phases that name none. FedpipeError where the model
+        cannot."""
         local = self.run.local
         levels, ranges = tuple(local.levels.items()), tuple(local.again)
         phases = tuple(p if p.levels or p.again else replace(p, levels=levels, again=ranges) for p in plan.phases)
+        if local.steps:
+            each, more = divmod(local.steps, len(phases))
+            phases = tuple(p if p.epochs or p.steps else replace(p, steps=max(1, each + (i < more)))
+                           for i, p in enumerate(phases))  # fmt: skip
         for p in phases:
             self._check(plan.model, Policy(p.levels, p.again))
         return replace(plan, phases=phases)
@@ -182,8 +194,15 @@ class Runtime:
             return samples
         return (-(-samples // self.run.local.batch)).bit_length()
 
+    def filled(self, plan: Plan, ctx: Ctx) -> Plan:
+        """The plan of one client in one round: with the method's words in the patterns of what it receives."""
+        if not self.method.fill:
+            return plan
+        words = self.method.fill(ctx)
+        return replace(plan, down=tuple(p.format_map(words) for p in plan.down))
+
     def received(self, plan: Plan, state: Tensors) -> Tensors:
-        """What a client of a plan starts from: names it receives or has fixed, as `in/*`, cut to its part."""
+        """What a client of a filled plan starts from: names it receives or has fixed, as `in/*`, cut to its part."""
         held = {n: t for n, t in state.items() if matches(n, plan.down) or matches(n, plan.fixed)}
         return {f"in/{n}": t for n, t in cut(held, plan.index).items()}
 
@@ -216,10 +235,13 @@ class Runtime:
             once = rng(seed, t, i, f"{ctx.role}/batches").permutation(len(rows))
             return fixed_batches(phase, rows.numpy()[once], gen, local.batch, local.epochs)
 
+        mine = ctx
+        if (ctx.role, ctx.samples) != ("train", len(rows)):
+            mine = changed(mine, role="train", samples=len(rows))
+        if self.method.end:
+            mine = changed(mine, labels=self._labels(rows))
         return Client(
-            ctx=ctx
-            if (ctx.role, ctx.samples) == ("train", len(rows))
-            else changed(ctx, role="train", samples=len(rows)),
+            ctx=mine,
             at=self.moved(at),
             batches=batches,
             load=self.load,
@@ -231,11 +253,13 @@ class Runtime:
 
     def always(self, rows: Tensor) -> Tensors:
         """What every batch of a client with these rows [n] has besides them."""
-        if self.run.local.loss != "masked_client":
-            return {}
+        return {"classes": self._labels(rows).to(self.device)} if self.run.local.loss == "masked_client" else {}
+
+    def _labels(self, rows: Tensor) -> Tensor:
+        """Which classes [classes] are among rows [n]."""
         found = torch.zeros(self.data.classes, dtype=torch.bool)
         found[self.data.y[rows]] = True
-        return {"classes": found.to(self.device)}
+        return found
 
     def load(self, rows: NDArray[np.int64], size: int) -> Batch:
         """Rows as a batch: x, y and weights that sum to 1; padded to `size` with rows of weight 0."""

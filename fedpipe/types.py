@@ -164,10 +164,11 @@ class Method:
     h          hyper-parameters with their defaults; a study's settings replace them. A tuple: all that one may be, the
                default first
     by_round   the plan reads `ctx.round`
-    model      keywords that the study's network is built with for this method: `{"exits": True}`
+    model      keywords that the study's network is built with for this method: `{"exits": True}`; or a function of `h`
     plan       (ctx: PlanCtx) -> Plan | None: None when the client's budget is too small to take part
     route      (ctx: RouteCtx) -> rows in order of rounds
-    init       (model, ctx) -> state 0, given its `model/*`
+    fill       (ctx) -> what each `{word}` in the patterns of `Plan.down` stands for, of one client in one round
+    init       (model, ctx) -> state 0, given its `model/*`; `ctx.fresh(purpose)` draws the model's values again
     begin      (at, ctx) -> names worked on, from `in/* re/* own/*`; once per client and round
     draw       (gen, at, batch, ctx) -> every random tensor a step needs; outside vmap
     loss       (at, batch, ctx) -> value, or (value, names it changed); or a dict of such, by the names of phases
@@ -180,10 +181,11 @@ class Method:
 
     name: str = ""  # its file's, given when it is loaded
     h: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
+    model: "dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]" = field(default_factory=dict)
     by_round: bool = False
     plan: "Callable[[PlanCtx], Plan | None] | None" = None
     route: "Callable[[RouteCtx], Iterator[Train | Mix]] | None" = None
+    fill: "Callable[[Ctx], dict[str, str]] | None" = None
     init: "Callable[[Tensors, Ctx], Tensors] | None" = None
     begin: "Callable[[Tensors, Ctx], Tensors] | None" = None
     draw: "Callable[[np.random.Generator, Tensors, Batch, Ctx], Tensors] | None" = None
@@ -193,6 +195,11 @@ class Method:
     aggregate: "Callable[[Tensors, Iterable[Update], Ctx], Tensors] | None" = None
     finish: "Callable[[PlanCtx], Plan | None] | None" = None
     predict: "Callable[[Tensors, Batch, Ctx], Tensors] | None" = None
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """Keywords that the study's network is built with."""
+        return self.model(self.h) if callable(self.model) else self.model
 
     def loss_in(self, phase: Phase) -> "Callable[[Tensors, Batch, Ctx], Any] | None":
         """The loss of a phase; None: the default."""

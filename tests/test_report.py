@@ -52,7 +52,7 @@ ROUND = pa.schema(
     {
         **{"round": pa.int32(), "client": pa.int32(), "part": pa.string(), "plan": pa.string(), "phase": pa.int32()},
         **{"payload_up": pa.int64(), "header_up": pa.int64(), "payload_down": pa.int64(), "header_down": pa.int64()},
-        "failed": pa.bool_(),
+        **{"failed": pa.bool_(), "steps": pa.int32()},
     }
 )
 CURVE = pa.schema({"round": pa.int32(), "loss": pa.float64(), "accuracy": pa.float64(), "samples": pa.int32()})
@@ -133,7 +133,7 @@ def write_run(paths: RunPaths) -> None:
 
 def round_row(t: int, client: int, plan: str) -> dict[str, Any]:
     sent = {"payload_up": 3 * MIB, "header_up": 1024, "payload_down": 4 * MIB, "header_down": 2048}
-    return {"round": t, "client": client, "part": "", "plan": plan, "phase": 0, **sent, "failed": False}
+    return {"round": t, "client": client, "part": "", "plan": plan, "phase": 0, "steps": 7, **sent, "failed": False}
 
 
 def metric_rows(method: str, accuracy: float) -> list[dict[str, Any]]:

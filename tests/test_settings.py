@@ -132,7 +132,7 @@ def test_every_point_of_a_grid_is_checked() -> None:
 
 
 def test_a_method_or_file_that_is_not_there() -> None:
-    with pytest.raises(FedpipeError, match="methods: 'fedsomething' is not known; there are fedavg"):
+    with pytest.raises(FedpipeError, match="methods: 'fedsomething' is not known; there are depthfl"):
         check_settings(MethodSpec(name="fedsomething"))
     with pytest.raises(FedpipeError, match="none.py: no such file"):
         check_settings(MethodSpec(name="./none.py:method"))

@@ -108,7 +108,7 @@ def test_an_entry_has_keys_of_its_own(tmp_path: Path) -> None:
     [
         ({"local": {"epochz": 2}}, "methods: fedavg: keys.local.epochz: Extra inputs"),
         ({"budgets": {"bytes": {"1MiB": 3}}}, "methods: fedavg: keys: budgets: clients per budget add up to 3"),
-        ({"rounds": 3}, "methods.0.keys.rounds: Input should be 'model', 'local' or 'budgets'"),
+        ({"rounds": 3}, "methods.0.keys.rounds: Input should be 'data', 'model'"),
         ({}, "methods: fedavg stands there twice"),
     ],
 )

@@ -70,7 +70,7 @@ def test_config_replaces_keys_of_the_study(tmp_path: Path) -> None:
         ("rounds=0", "rounds: Input should be greater than or equal to 1 (got 0)"),
         ("segment=0", "segment: wanted a whole number, at least 1, got 0"),
         ("study=nowhere.yaml", "nowhere.yaml: no such study file; here are workflows/studies/"),
-        ("methods=[fedavgg]", "methods: 'fedavgg' is not known; there are fedavg"),
+        ("methods=[fedavgg]", "methods: 'fedavgg' is not known; there are depthfl"),
         ("model=./nowhere.py:net", "nowhere.py: no such file"),
         ("methods=[{fedprox: {nu: {grid: [0, 1]}}}]", "methods.fedprox: no setting 'nu'; there are mu"),
         ("methods=[{fedprox: {mu: {grid: [0, a]}}}]", "methods.fedprox.mu: wanted float, got 'a'"),

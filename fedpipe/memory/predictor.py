@@ -75,7 +75,7 @@ class Predictor:
             return {"x": x, "y": torch.zeros(size, dtype=torch.long, device=rt.device), "w": w}
 
         rt.chain(plan)  # built before the trace, of real values
-        received = rt.received(plan, rt.state0)
+        received = rt.received(rt.filled(plan, rt.ctx(client=0)), rt.state0)
         spans: list[Span] = []
 
         @contextmanager
@@ -86,8 +86,9 @@ class Predictor:
 
         with Trace(rt.device.type) as trace:
             at: Tensors = trace.fake(received)
+            labels = trace.fake({"": torch.ones(rt.data.classes, dtype=torch.bool)})[""]
             client = Client(
-                ctx=rt.ctx(client=0, samples=size),
+                ctx=replace(rt.ctx(client=0, samples=size), labels=labels),
                 at=at,
                 batches=lambda phase, index: [np.arange(size)] * STEPS,
                 load=load,

@@ -38,8 +38,21 @@ def without(chain: Chain, first: int) -> Chain:
         raise FedpipeError(f"units {', '.join(skip)} cannot be left out: {e}") from e
 
 
-def with_exits(chain: Chain, name: str) -> Chain:
-    """The chain with a head behind every unit (m-FeDepth, arXiv 2303.04887). FedpipeError where its head makes none."""
+def upto(chain: Chain, depth: int, inner: bool) -> Chain:
+    """A chain of the same modules whose last unit before the head is the depth-th after the stem; inner: with the heads
+    of the units before."""
+    body = chain.names[: 1 + depth]
+    exits = {u: chain.get_submodule(h) for u, h in chain.heads.items() if inner and u in body[:-1]}
+    head = chain.head_of(body[-1])
+    found = Chain([(n, chain.get_submodule(n)) for n in (*body, head)], chain.shape, exits)
+    if head == chain.names[-1]:
+        found.features = chain.features  # what this head takes
+    return found
+
+
+def with_exits(chain: Chain, name: str, count: int) -> Chain:
+    """The chain with a head behind `count` of its units, or all where it has fewer: spread evenly, the last unit's the
+    chain's own (of all: m-FeDepth, arXiv 2303.04887). Raises FedpipeError where its head makes none."""
     *body, last = chain.names
     make = getattr(chain.get_submodule(last), "behind", None)
     if make is None:
@@ -47,20 +60,31 @@ def with_exits(chain: Chain, name: str) -> Chain:
             f"model {name}: it has no exits, which this method needs; its head must have `behind(shape)`, which makes "
             "a head for features of that shape, as those of preresnet20, resnet18, mobilenet, cnn4, vit_tiny and mlp do"
         )
-    exits = {u: make(chain.shapes[u]) for u in body[1:-1]}
+    units = body[1:]
+    if count < 1:
+        raise FedpipeError(f"model {name}: {count} exits; wanted 1 at least")
+    count = min(count, len(units))
+    ends = [units[-(-len(units) * k // count) - 1] for k in range(1, count)]
+    exits = {u: make(chain.shapes[u]) for u in ends}
     return Chain([(n, chain.get_submodule(n)) for n in chain.names], chain.shape, exits)
 
 
-def load(spec: ModelSpec, shape: Shape, classes: int, skip: int = 0, exits: bool = False, **extra: Any) -> Chain:
+def load(
+    spec: ModelSpec, shape: Shape, classes: int, skip: int = 0, depth: int = 0, inner: bool = True,
+    exits: bool | int = False, **extra: Any,
+) -> Chain:  # fmt: skip
     """Build the named network, or that of a user's file, for images `shape` = (C, H, W).
 
     A builder is `net(shape, classes, **settings)` and returns [(unit name, module), ...] or a Chain; `extra` (width,
     scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
-    skip: so many units after the stem are left out once all have been built; exits: every unit gets a head.
+    skip: so many units after the stem are left out once all have been built; depth: those after so many are;
+    exits: every unit gets a head (True), or so many of them, the last included; inner: all but the last's stay, too.
     Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
     """
     chain = _built(spec, shape, classes, extra)
-    chain = with_exits(chain, spec.name) if exits else chain
+    if exits:
+        chain = with_exits(chain, spec.name, len(chain.names) - 2 if exits is True else exits)
+    chain = upto(chain, depth, inner) if depth else chain
     return without(chain, skip) if skip else chain
 
 

@@ -80,12 +80,16 @@ class Chain(nn.Module):
         since: str | None = None,
         head: bool = True,
         every: int | None = None,
-    ) -> Tensor:
+        ends: Sequence[str] = (),
+    ) -> Tensor | list[Tensor]:
         """Logits [batch, classes] of images [batch, C, H, W]; units after `upto` do not run (None: all run).
 
         since: x is that unit's output, and the units behind it run; head=False: the result is the last unit's output.
         every: of the pixels of that output only every k-th; None: what the link keeps, and all without a head.
+        ends: units in order; the result is a list of the logits behind each, and those after the last do not run.
         """
+        if ends:
+            return self._exits(x, ends, policy)
         units = list(self.run_units(upto)[:-1])
         last = units[-1]
         del units[: units.index(since) + 1 if since else 0]
@@ -96,10 +100,21 @@ class Chain(nn.Module):
             k = every if count == len(units) else 1
             x = self._again(units[:count], x, k) if end else self._unit(units[0], x, policy, k)
             del units[:count]
-        if not head:
-            return x
-        own = self.heads.get(last)
-        return self._modules[own](x) if own else self._modules[self.names[-1]](self.link(x, last))  # type: ignore[misc]
+        return self._logits(x, last) if head else x
+
+    def _logits(self, x: Tensor, unit: str) -> Tensor:
+        own = self.heads.get(unit)
+        out: Tensor = self._modules[own](x) if own else self._modules[self.names[-1]](self.link(x, unit))  # type: ignore[misc]
+        return out
+
+    def _exits(self, x: Tensor, ends: Sequence[str], policy: Policy | None) -> list[Tensor]:
+        out, since = list[Tensor](), None
+        for unit in ends:
+            self.run_units(unit)
+            x = self.forward(x, unit, policy, since, head=False)  # type: ignore[assignment]
+            out.append(self._logits(x, unit))
+            since = unit
+        return out
 
     def head_of(self, unit: str) -> str:
         """The head that the chain ends with where it stops at a unit."""

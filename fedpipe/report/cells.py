@@ -10,7 +10,8 @@ import pyarrow as pa
 Row = dict[str, Any]
 NOTE = (
     "Mean over seeds with its 95 % t-interval in brackets; difference: paired over seeds against the first method,"
-    " * where its interval excludes 0. Clients: mean and standard deviation over clients of the server's model."
+    " * where its interval excludes 0; p: of the paired t-test, by Holm over the column."
+    " Clients: mean and standard deviation over clients of the server's model."
     " Bytes are the lengths of messages, up / down, summed over clients and rounds."
     " Counts and bytes are means over seeds, phases (of a client in a round) and predicted peaks the largest."
 )
@@ -18,7 +19,7 @@ OVER = "†"
 FOOT = f" {OVER} over a client's budget; counted are pairs of client and phase whose prediction is."
 # Columns that stand there only where a cell says something: more than this, and more than an empty one.
 OPTIONAL = dict.fromkeys(("Failed updates", "Lost updates", "Over budget", "Largest excess (%)"), "0")
-OPTIONAL |= {"Platforms": "1", "Personal (%)": "", "Target reached": ""}
+OPTIONAL |= {"Platforms": "1", "Personal (%)": "", "Target reached": "", "p (Holm)": ""}
 OPTIONAL |= dict.fromkeys(("Rounds to target", "Bytes to target (MiB)", "Time to target (s)"), "")
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
@@ -84,6 +85,7 @@ def _cells(r: Row) -> dict[str, str]:
         "Seeds": str(r["seeds"]),
         "Accuracy (%)": _interval(r, "accuracy"),
         "Difference (points)": _claim(r),
+        "p (Holm)": "" if r["accuracy_p"] is None else f"{r['accuracy_p']:.3f}",
         "Paper (%)": percent(r["paper"]),
         "Loss": _interval(r, "loss", 1, 3),
         "Clients (%)": _spread(r, "client"),
@@ -97,6 +99,7 @@ def _cells(r: Row) -> dict[str, str]:
         "Rounds to target": amount(r["rounds_to_target"]),
         "Bytes to target (MiB)": mib(r["bytes_to_target"]),
         "Platforms": amount(r["platforms"]),
+        "Local steps": amount(r["steps"]),
         "Payload up / down (MiB)": _pair(r, "payload"),
         "Headers up / down (MiB)": _pair(r, "header"),
         "Phases": amount(r["phases"]),

@@ -37,8 +37,9 @@ def _spread(values: list[float]) -> tuple[float | None, float | None]:
 
 
 def summary(run: RunResults) -> Row:
-    """One row per run. Accuracies in 0..1, bytes summed over all rounds and clients, predicted_peak in bytes, the most
-    phases anybody trains in a round, pairs of client and phase predicted over budget (null without budgets).
+    """One row per run. Accuracies in 0..1, bytes and local steps summed over all rounds and clients, predicted_peak in
+    bytes, the most phases anybody trains in a round, pairs of client and phase predicted over budget (null without
+    budgets).
 
     A run stops where its target is reached, so what it trained and sent until then is all it did. An update is lost
     when its client dropped out: a message always has a header.
@@ -60,6 +61,7 @@ def summary(run: RunResults) -> Row:
         "personal_accuracy": personal,
         "personal_spread": personal_spread,
         **sent,
+        "steps": sum(r["steps"] for r in run.rounds),
         "clients": len(clients),
         "taking_part": len(clients) - len(run.left_out),
         "left_out": len(run.left_out),

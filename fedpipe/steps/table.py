@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow as pa
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from fedpipe import arrow
 from fedpipe.config import Study
@@ -20,8 +20,8 @@ from fedpipe.steps import measured, provenance
 from fedpipe.studyfile import load_study
 
 SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accuracy", "personal_spread")
-AMOUNTS = (*BYTES, "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds", "failed_updates",
-           "lost_updates")  # fmt: skip
+AMOUNTS = (*BYTES, "steps", "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds",
+           "failed_updates", "lost_updates")  # fmt: skip
 SOME = ("rounds_to_target", "bytes_to_target", "over_budget")  # of the runs that reached it, or have budgets
 
 
@@ -35,6 +35,23 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "std": spread, "low": mean - half, "high": mean + half}
 
 
+def p_value(pairs: Sequence[float]) -> float | None:
+    """Two-sided p of the paired t-test that the mean of differences is 0; null for fewer than two."""
+    if len(pairs) < 2:
+        return None
+    spread = stdev(pairs) / sqrt(len(pairs))
+    return 2 * float(stdtr(len(pairs) - 1, -abs(fmean(pairs)) / spread)) if spread else float(not fmean(pairs))
+
+
+def holm(values: list[float | None]) -> list[float | None]:
+    """Holm's adjustment of the p values of one column, 1979: together they err with no more than their bound."""
+    order = sorted((p, i) for i, p in enumerate(values) if p is not None)
+    out, worst = list(values), 0.0
+    for k, (p, i) in enumerate(order):
+        out[i] = worst = max(worst, min(1.0, p * (len(order) - k)))
+    return out
+
+
 def _known(rows: list[Row], column: str) -> dict[int, float]:
     return {r["seed"]: r[column] for r in rows if r[column] is not None}
 
@@ -45,7 +62,7 @@ def _difference(rows: list[Row], first: list[Row], column: str) -> Row:
     pairs = [] if rows is first else [mine[s] - theirs[s] for s in mine if s in theirs]
     d = interval(pairs)
     claim = None if d["low"] is None or d["high"] is None else d["low"] > 0 or d["high"] < 0
-    names = {"diff": d["mean"], "diff_low": d["low"], "diff_high": d["high"], "differs": claim}
+    names = {"diff": d["mean"], "diff_low": d["low"], "diff_high": d["high"], "differs": claim, "p": p_value(pairs)}
     return {f"{column}_{k}": v for k, v in names.items()}
 
 
@@ -86,16 +103,20 @@ def _by_label(rows: list[Row]) -> list[list[Row]]:
 
 
 def tabulate(study: Study, runs: list[RunResults]) -> pa.Table:
-    """One row per label: seeds, scores with `_std _low _high` and `_diff _diff_low _diff_high _differs` against the
-    study's first method, the paper's accuracy, amounts as means over seeds (bytes, clients, rounds), how many seeds
-    reached the study's target (null without one), means over these of rounds and bytes until then, pairs of client and
-    phase over budget (mean; null without budgets), most phases and largest peak."""
+    """One row per label: seeds, scores with `_std _low _high` and `_diff _diff_low _diff_high _differs _p` (p by Holm
+    over the column) against the study's first method, the paper's accuracy, amounts as means over seeds (bytes, steps,
+    clients, rounds), how many seeds reached the study's target (null without one), means over these of rounds and bytes
+    until then, pairs of client and phase over budget (mean; null without budgets), most phases and largest peak."""
     known = {name for r in study.compared() for name in (r.label, r.method.name)}
     for name, value in study.paper.items():
         if name not in known or not 0 <= value <= 1:
             raise FedpipeError(f"paper.{name}: wanted one of the study's methods and an accuracy in 0..1 (got {value})")
     groups = _by_label([summary(r) for r in runs])
-    return _typed([_row(rows, groups[0], study.paper) for rows in groups])
+    found = [_row(rows, groups[0], study.paper) for rows in groups]
+    for column in SCORES:
+        for row, p in zip(found, holm([r[f"{column}_p"] for r in found]), strict=True):
+            row[f"{column}_p"] = p
+    return _typed(found)
 
 
 def observations(runs: list[RunResults]) -> pa.Table:

@@ -11,6 +11,13 @@ def cohort(seed: int, round: int, clients: int, size: int) -> list[int]:
     return sorted(rng(seed, round, None, "cohort").choice(clients, size, replace=False).tolist())
 
 
+def bases(seed: int, round: int, client: int, count: int, most: int) -> list[int]:
+    """Split-Mix: the base whose turn it is for a client in a round, then others at random."""
+    turn = int(rng(seed, None, None, "bases").permutation(count)[(round + client) % count])
+    others = [int(b) for b in rng(seed, round, client, "bases").permutation(count) if b != turn]
+    return [turn, *others][:most]
+
+
 def batches(seed: int, round: int, client: int, rows: Tensor, size: int, epochs: int, phase: int = 0,
             role: str = "train") -> list[Tensor]:  # fmt: skip
     """Rows of each local step: per epoch one permutation of the client's rows [n], cut into `size`, the rest last."""

@@ -28,3 +28,21 @@ def mean(old: Array, parts: Sequence[Array]) -> Array:
         held = [p[at] for p in parts if all(i < n for i, n in zip(at, p.shape, strict=True))]
         new[at] = sum(held) / len(held) if held else old[at]
     return new
+
+
+def rolled(shape: tuple[int, ...], rate: float, first: bool, last: bool, round: int) -> list[list[int]]:
+    """FedRolex (arXiv 2212.01548): entries of each dimension that a client holds in a round counted from 0: as many as
+    HeteroFL's, from -round mod C on, round the end."""
+    sizes = part(shape, rate, first, last)
+    return [[(j - round) % n if k < n else j for j in range(k)] for n, k in zip(shape, sizes, strict=True)]
+
+
+def mean_of(old: Array, parts: Sequence[tuple[list[list[int]], Array]]) -> Array:
+    """`mean` of parts that say which entries they are."""
+    total, count = np.zeros_like(old), np.zeros_like(old)
+    for where, values in parts:
+        for inside in itertools.product(*(range(n) for n in values.shape)):
+            at = tuple(where[d][i] for d, i in enumerate(inside))
+            total[at] += values[inside]
+            count[at] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), old)
