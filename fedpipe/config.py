@@ -14,7 +14,9 @@ from fedpipe.budgets import Budgets
 from fedpipe.io import canonical, digest
 from fedpipe.keys import (
     NUMBER,
+    Anchors,
     Backend,
+    Claim,
     Data,
     Evaluate,
     Local,
@@ -101,6 +103,8 @@ class Study(_Shared):
     paper: dict[str, Annotated[float, NUMBER]] = Field(
         {}, description="published accuracy by method, shown beside ours"
     )
+    anchors: Anchors | None = Field(None, description="entries without whose order the table says nothing")
+    claims: list[Claim] = Field([], description="published differences, tested by the table")
     select: Select | None = Field(None, description="tune grids on validation rows: {on: validation, seed: 0}")
 
     @model_validator(mode="after")
@@ -134,6 +138,15 @@ class Study(_Shared):
     def _of(self, method: MethodSpec) -> dict[str, Any]:
         """What an entry's runs share."""
         return replaced(method, {k: getattr(self, k) for k in _Shared.model_fields})
+
+    @model_validator(mode="after")
+    def _named_entries(self) -> "Study":
+        labels = [setting_label(m) for m in self.entries]
+        asked = [self.anchors.above, self.anchors.below, *self.anchors.others] if self.anchors else []
+        for name in [*asked, *(n for c in self.claims for n in (c.method, *c.against))]:
+            if name not in labels:
+                raise ValueError(f"anchors, claims: no entry {name!r}; there are {', '.join(labels)}")
+        return self
 
     @property
     def entries(self) -> list[MethodSpec]:

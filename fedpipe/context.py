@@ -32,6 +32,7 @@ class Ctx:
     plan: Plan | None = None  # of this client, at `begin` and `end`
     phase: Phase | None = None
     role: str = "train"  # train | eval | server
+    node: str = "server"  # at `aggregate`, whose next state is made
     lr: float = 0.0  # of this round and phase
     steps: int = 0  # of this client: in the phase inside steps, in the round at `end`
     samples: int = 0
@@ -234,6 +235,11 @@ class PlanCtx:
         return tuple(u for u in self.units if u in heads or u == self.units[-1])
 
     @property
+    def alike(self) -> tuple[tuple[str, ...], ...]:
+        """Units in order, those together that follow each other and have tensors of the same names and shapes."""
+        return self.choose.chain.alike
+
+    @property
     def skippable(self) -> int:
         """How many of the first units give what they are given in shape, so that they can be left out."""
         shapes, before = self.choose.chain.shapes, self.stem
@@ -275,6 +281,7 @@ class RouteCtx:
     rounds: int
     clients: int
     size: int  # of the cohort
+    h: dict[str, Any]
 
     def cohort(self, round: int) -> Iterable[int]:
         """Clients of a round, drawn from all clients without replacement, in ascending order."""

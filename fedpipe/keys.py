@@ -122,6 +122,23 @@ class Evaluate(Typed):
     )
 
 
+class Anchors(Typed):
+    """Entries that a table stands between, by label: it says that it is void unless `above` is more than two standard
+    errors of paired differences above `below`, and none of `others` is that far below it."""
+
+    above: str
+    below: str
+    others: list[str] = []
+
+
+class Claim(Typed):
+    """A published difference: what a table says of a method and the best of others, by label, beside it."""
+
+    method: str
+    against: Annotated[list[str], Field(min_length=1)]
+    published: str = Field(description="in words, with its source: more than +5 points (arXiv ...)")
+
+
 class Stop(Typed):
     """When a run ends early: looked at only at fixed rounds of its curve, so that no way of running changes it.
 

@@ -99,27 +99,33 @@ class Mixing:
         return bad
 
     def made(self, t: int, world: World, by_id: Mapping[str, Sent]) -> dict[str, Tensors]:
-        """The states of the round's Mix rows; what came is asked for in the order it is folded in."""
+        """The states of the round's Mix rows; what came is asked for in the order it is folded in. Once the run has
+        stopped nothing is mixed any more, other states neither."""
         made: dict[str, Tensors] = {}
         for row in self.by_round.get(t, []):
             if row["kind"] == "mix":
-                made[row["out"]] = dict(sorted(self._mix(row, {**world.states, **made}, by_id).items()))
+                states = {**world.states, **made}
+                mixed = self._mix(row, states, by_id) if world.watch.stopped is None else states[row["base"]]
+                made[row["out"]] = dict(sorted(mixed.items()))
         return made
 
     def _mix(self, row: dict[str, Any], states: dict[str, Tensors], by_id: Mapping[str, Sent]) -> Tensors:
         came = [u for u in row["updates"] if u in by_id]
         base, arrived = states[row["base"]], (s for s in map(by_id.__getitem__, came) if s.message)
         first = next(arrived, None)
-        if first is None:
-            if came:
-                raise FedpipeError(f"round {row['round']}: every client failed")
+        if first is None and came:
+            raise FedpipeError(f"round {row['round']}: every client failed")
+        if first is None and not row["states"]:
             return base
         terms = cache(lambda plan, start: self.of(plan, states[start]))
         # On the device that trains, whose kernels fold; states themselves live on the CPU.
-        updates = (self._update(s, terms(s.row["plan"], s.row["start"])) for s in chain((first,), arrived))
-        ctx = replace(self.rt.ctx(row["round"], role="server"), chain=self.rt.build())
+        all_sent = chain(() if first is None else (first,), arrived)
+        updates = (self._update(s, terms(s.row["plan"], s.row["start"])) for s in all_sent)
+        others = (Update(-1, 1.0, 0, self.rt.moved(states[name])) for name in row["states"])
+        node = row["out"].split("@")[0]
+        ctx = replace(self.rt.ctx(row["round"], role="server"), chain=self.rt.build(), node=node)
         aggregate = self.rt.method.aggregate or (lambda state, updates, ctx: ctx.mean(state, updates))
-        return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), updates, ctx).items()}
+        return {n: t.cpu() for n, t in aggregate(self.rt.moved(base), chain(updates, others), ctx).items()}
 
     def _update(self, sent: Sent, terms: Terms) -> Update:
         row, message = sent.row, sent.message

@@ -23,7 +23,7 @@ from fedpipe.folding import played
 from fedpipe.memory.measure import BESIDE
 from fedpipe.plans import read_plans
 from fedpipe.rounds import Rounds, Rows, Sent, World
-from fedpipe.route import needed_states
+from fedpipe.route import judged, needed_states
 from fedpipe.runtime import Runtime
 from fedpipe.states import Needs, write_owns, write_states
 from fedpipe.steps import provenance
@@ -75,7 +75,7 @@ class Opened:
         self.seconds: Rows = []
 
     def still_needed(self, states: dict[str, Tensors], t: int) -> dict[str, Tensors]:
-        """Those of the states of round t that rows of it or of later ones read, and the newest of every node."""
+        """Those of the states of round t that rows of it or of later ones read, or that stand for the run."""
         return self.needs.among(states, t)
 
     def log(self, sent: list[Sent]) -> None:
@@ -112,9 +112,9 @@ class Opened:
         return [point]
 
     def point(self, t: int, world: World) -> dict[str, Any]:
-        """A point of the curve: mean over the nodes' newest states of loss and accuracy on all test rows (and on all
-        validation rows, where the study has some)."""
-        newest = sorted({n.split("@")[0]: n for n in sorted(world.states, key=_version)}.values())
+        """A point of the curve: loss and accuracy on all test rows (and on all validation rows, where the study has
+        some) of the server's newest state, or the mean over those of all nodes where there is no server."""
+        newest = sorted(judged({n.split("@")[0]: n for n in sorted(world.states, key=_version)}))
         point: dict[str, Any] = {"round": t}
         train = torch.cat(list(self.training.values())).sort().values
         for prefix, shares in (("", self.testing), ("val_", self.validation)):

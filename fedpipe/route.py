@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
         ("out", pa.string()),
         ("base", pa.string()),
     ]
-    + [("updates", pa.list_(pa.string())), ("owner", pa.string())]
+    + [("updates", pa.list_(pa.string())), ("states", pa.list_(pa.string())), ("owner", pa.string())]
 )
 
 
@@ -96,7 +96,7 @@ def schedule(
             came = [u for u in r.updates if plan_of(int(u.split(":")[0]), r.round)]
             made |= {u: r.out for u in came}
             mixed = {"kind": "mix", "round": r.round, "part": "", "out": r.out, "base": r.base}
-            out.append({**mixed, "updates": came, "owner": r.owner})
+            out.append({**mixed, "updates": came, "states": list(r.states), "owner": r.owner})
             continue
         pid = plan_of(r.client, r.round)
         if pid is None:
@@ -117,14 +117,24 @@ def schedule(
     return out
 
 
+def reads(row: dict[str, Any]) -> list[str]:
+    """States that a row reads."""
+    return [row[k] for k in ("start", "reply", "base") if row.get(k)] + [*(row.get("states") or ())]
+
+
+def judged(newest: dict[str, str]) -> set[str]:
+    """Of the newest state of each node, those that stand for the run: the server's, or all where there is none."""
+    return {newest["server"]} if "server" in newest else set(newest.values())
+
+
 def needed_states(rows: list[dict[str, Any]], t: int) -> set[str]:
-    """States that rows of round t or later read, and the newest of every node after the rounds before t."""
+    """States that rows of round t or later read, and those that stand for the run after the rounds before t."""
     newest: dict[str, str] = {}
     needed = set()
     for r in rows:
         if r["round"] < t and r["kind"] == "mix":
             newest[r["out"].split("@")[0]] = r["out"]
         elif r["round"] >= t:
-            needed |= {r[k] for k in ("start", "reply", "base") if r.get(k)}
+            needed |= {*reads(r)}
     made_later = {r["out"] for r in rows if r["kind"] == "mix" and r["round"] >= t}
-    return (needed - made_later) | set(newest.values())
+    return (needed - made_later) | judged(newest)

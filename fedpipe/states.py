@@ -7,6 +7,7 @@ from fedpipe import io
 from fedpipe.errors import FedpipeError
 from fedpipe.messages import finite
 from fedpipe.rounds import World
+from fedpipe.route import judged, reads
 from fedpipe.stopping import Watch
 from fedpipe.types import Tensors
 
@@ -17,12 +18,12 @@ class Needs:
 
     def __init__(self, rows: list[dict[str, Any]]):
         self.made = {r["out"]: i for i, r in enumerate(rows) if r["kind"] == "mix"}
-        self.last_read = {r[k]: r["round"] for r in rows for k in ("start", "reply", "base") if r.get(k)}
+        self.last_read = {name: r["round"] for r in rows for name in reads(r)}
 
     def among(self, states: dict[str, Tensors], t: int) -> dict[str, Tensors]:
-        """Those of the states there are before round t that rows from it on read, and the newest of every node."""
+        """Those of the states there are before round t that rows from it on read, or that stand for the run."""
         made = sorted(states.keys() & self.made.keys(), key=self.made.__getitem__)
-        newest = set({n.split("@")[0]: n for n in made}.values())
+        newest = judged({n.split("@")[0]: n for n in made})
         return {n: s for n, s in states.items() if n in newest or self.last_read.get(n, -1) >= t}
 
 

@@ -133,13 +133,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Mix:
-    """A node's next state: made from `base` and the updates of the named Train rows of this round."""
+    """A node's next state: made from `base`, the updates of the named Train rows of this round, and other states; where
+    none of these come it is the base."""
 
     round: int
     out: str  # "node@version"
     base: str
     updates: tuple[str, ...]  # ids of Train rows
     owner: str = "server"
+    states: tuple[str, ...] = ()  # "node@version", made before this row
 
 
 @dataclass
@@ -166,7 +168,8 @@ class Method:
     by_round   the plan reads `ctx.round`
     model      keywords that the study's network is built with for this method: `{"exits": True}`; or a function of `h`
     plan       (ctx: PlanCtx) -> Plan | None: None when the client's budget is too small to take part
-    route      (ctx: RouteCtx) -> rows in order of rounds
+    route      (ctx: RouteCtx) -> rows in order of rounds; every round makes a next state of the node `server`, where
+               there is one: it is what is evaluated
     fill       (ctx) -> what each `{word}` in the patterns of `Plan.down` stands for, of one client in one round
     init       (model, ctx) -> state 0, given its `model/*`; `ctx.fresh(purpose)` draws the model's values again
     begin      (at, ctx) -> names worked on, from `in/* re/* own/*`; once per client and round

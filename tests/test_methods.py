@@ -14,7 +14,7 @@ from fedpipe.types import PRIVATE, Method, Row, Tensors, select, under
 
 ALL = methods.known()
 FOLDER = Path(methods.__file__).parent
-SLOW = {"splitmix": {"atom": 0.5}}  # networks of two channels learn little in eight rounds
+SLOW = {"split_mix": {"atom": 0.5}, "hist": {"cells": 1}}  # parts of few channels learn little in eight rounds
 KEEPS = {"scaffold"}  # methods whose clients keep something
 
 # method -> its neutral setting, the method it then equals bit for bit on these names, and the study's keys for it.
@@ -27,10 +27,12 @@ IDENTITIES: dict[str, tuple[dict[str, Any], str, tuple[str, ...], dict[str, Any]
     "fedepth_mhead": ({}, "fedavg", ("*", "!exit_*"), {}),
     "heterofl": ({}, "fedavg", ("*",), {}),  # nobody has a limit: full width
     "fedrolex": ({}, "fedavg", ("*",), {}),
-    "splitmix": ({"atom": 1.0}, "fedavg", ("*",), {}),
+    "split_mix": ({"atom": 1.0}, "fedavg", ("*",), {}),
     "depthfl": ({"exits": 1}, "fedavg", ("*",), {}),
     "inclusivefl": ({"sizes": 1}, "fedavg", ("*",), {}),
     "embracingfl": ({}, "fedavg", ("*",), {}),
+    "fedfa": ({"scale": False}, "fedavg", ("*",), {}),
+    "hist": ({"cells": 1, "period": 1}, "fedavg", ("*",), {}),
     "progfed": ({"stages": 1}, "fedavg", ("*",), {}),
     "scaffold": ({}, "fedavg", ("*",), {"rounds": 1}),  # until the first round has made control variates
     "fedbabu": ({}, "fedavg", ("*", "!head.*"), ONE_STEP),
@@ -93,7 +95,7 @@ def test_skewed_stacks_hold_clients_of_unequal_steps(root: Path) -> None:
 def test_resume_gives_the_same_bytes(name: str, root: Path, tmp_path: Path) -> None:
     whole = Game(make_run(name, SKEWED), root).play()
     first = Game(make_run(name, SKEWED), root).play(1)
-    write_states(tmp_path / "s", {f"server@{first.t}": first.state}, first.t, {})
+    write_states(tmp_path / "s", first.opened.still_needed(first.world.states, first.t), first.t, {})
     write_owns(tmp_path / "o", first.world.owns, {})
     second = Game(make_run(name, SKEWED), root)
     second.world, second.t = read_world(tmp_path / "s", tmp_path / "o")
@@ -164,6 +166,16 @@ def test_fedbabu_finetunes_the_part_it_is_told(part: str, moved: set[str], root:
     )
     at = rt.loop().train([client], plan)[0].at
     assert {n.split("/")[1].split(".")[0] for n, t in game.state.items() if not equal({n: at[n]}, {n: t})} == moved
+
+
+def test_local_steps_are_shared_out_among_phases(root: Path) -> None:
+    keys = {**TIGHT, "local": {"batch": 16, "steps": 10, "optimizer": {"lr": 0.1}}}
+    game = Game(make_run("fedepth", **keys), root).play(1)
+    steps = {tuple(m["steps"] for m in s.metrics) for s in game.sent}
+    assert steps == {(10,), (4, 3, 3), (3, 3, 2, 2)}
+    whole = Game(make_run("fedavg", local={"batch": 16, "steps": 6, "optimizer": {"lr": 0.1}}), root).play()
+    epochs = Game(make_run("fedavg", local={"batch": 16, "epochs": 2, "optimizer": {"lr": 0.1}}), root).play()
+    assert {s.metrics[0]["steps"] for s in epochs.sent} == {6} and equal(whole.state, epochs.state)
 
 
 @pytest.mark.parametrize("part", ["body", "head"])

@@ -19,6 +19,7 @@ from fedpipe.io import read_table, table_meta, write_table, write_text
 from fedpipe.memory.parts import KINDS
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.report import cells, peaks, peaks_picture, terminal
+from fedpipe.report.claims import remarks
 from fedpipe.report.plan_picture import Group, groups
 from fedpipe.report.results import load, load_all
 from fedpipe.report.summaries import curves, observed, summary
@@ -285,6 +286,52 @@ def test_a_difference_is_claimed_only_when_its_interval_excludes_0(values: list[
     first = [{"seed": s, "accuracy": 0.5} for s in range(len(values))]
     mine = [{"seed": s, "accuracy": 0.5 + v} for s, v in enumerate(values)]
     assert table._difference(mine, first, "accuracy")["accuracy_differs"] is claimed
+
+
+def test_p_values_are_of_the_paired_test_and_adjusted_over_the_column(made: StudyPaths) -> None:
+    wanted = stats.ttest_rel(ACCURACY["fedepth"], ACCURACY["fedavg_ft"]).pvalue
+    assert row(made, "fedepth")["accuracy_p"] == pytest.approx(wanted) and wanted < 0.01
+    assert row(made, "fedavg_ft")["accuracy_p"] is None and table.p_value([0.3]) is None
+    assert table.holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert table.holm([0.6, 0.7]) == [1.0, 1.0] and table.p_value([0.2, 0.2]) == 0.0
+
+
+ANCHORS = {"above": "fedepth", "below": "fedavg_ft"}
+CLAIM = {"method": "fedepth", "against": ["fedavg_ft"], "published": "more than +5 points"}
+
+
+def said(root: Path, seeds: list[int], **keys: Any) -> list[str]:
+    paths = write_study(root, small_study(seeds, **keys))
+    results = load_all(paths.study, [r.folder for r in paths.runs])
+    return remarks(paths.study, [summary(r) for r in results])
+
+
+def test_a_table_says_whether_its_anchors_hold(tmp_path: Path) -> None:
+    assert said(tmp_path, [0, 1, 2], anchors=ANCHORS) == [
+        "Anchors hold: fedepth is more than two standard errors above fedavg_ft."
+    ]
+    turned = {"above": "fedavg_ft", "below": "fedepth", "others": ["fedavg_ft"]}
+    (void,) = said(tmp_path, [0, 1, 2], anchors=turned)
+    assert void == (
+        "This table is void: fedavg_ft is not more than two standard errors above fedepth; fedavg_ft is more than two"
+        " standard errors below fedepth."
+    )
+    assert said(tmp_path, [0], anchors=ANCHORS)[0].startswith("This table is void"), "one seed shows nothing"
+
+
+def test_a_claim_is_tested_beside_what_was_published(tmp_path: Path) -> None:
+    test = stats.ttest_rel(ACCURACY["fedepth"], ACCURACY["fedavg_ft"]).confidence_interval(0.95)
+    (text,) = said(tmp_path, [0, 1, 2], claims=[CLAIM])
+    found = f"+11.33 points [{100 * test.low:+.2f}, {100 * test.high:+.2f}], the interval excludes 0"
+    assert text == f"fedepth against fedavg_ft: {found}. Published: more than +5 points."
+    against = {**CLAIM, "method": "fedavg_ft", "against": ["fedepth", "fedavg_ft"]}
+    (other,) = said(tmp_path, [1], claims=[against])
+    assert other.startswith("fedavg_ft against fedepth, the best of fedepth, fedavg_ft: -10.00 points. Published")
+
+
+def test_entries_that_anchors_name_must_be_there() -> None:
+    with pytest.raises(ValueError, match="anchors, claims: no entry 'heterofl'; there are fedavg_ft, fedepth"):
+        small_study([0], anchors={**ANCHORS, "below": "heterofl"})
 
 
 def test_one_seed_has_no_interval(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from engine import IID, Game, distance, equal, make_run
-from oracles import depthfl, draws, heterofl, plain, splitmix
+from oracles import depthfl, draws, heterofl, plain, split_mix
 from played import CLOSE, Played, apart, local, play
 from torch import Tensor
 
@@ -149,9 +149,9 @@ def _exits(rt: Any, state: Tensors, x: Tensor, ctx: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------ Split-Mix
-def test_splitmix(root: Path) -> None:
+def test_split_mix(root: Path) -> None:
     """Four bases; by their budgets clients train one, two and all four."""
-    got = play(root, methods=[{"splitmix": {"atom": 0.25}}], every=1, local=local(2), margin=0.2,
+    got = play(root, methods=[{"split_mix": {"atom": 0.25}}], every=1, local=local(2), margin=0.2,
                budgets={"like_width": WIDTHS}, budget="off", **MLP)  # fmt: skip
     names = ["model/", "base/1/", "base/2/", "base/3/"]
     bases = [got.mlp(0, n) for n in names]
@@ -167,7 +167,7 @@ def test_splitmix(root: Path) -> None:
             trained = {b: plain.sgd(bases[b], got.batches(t, i, j), 0.05, momentum=0.9, decay=5e-4)
                        for j, b in enumerate(picked)}  # fmt: skip
             ends.append((len(got.rows[i]), trained))
-        bases = splitmix.server(bases, ends)
+        bases = split_mix.server(bases, ends)
         for n, ours in zip(names, bases, strict=True):
             assert apart(ours, got.mlp(t + 1, n)) <= CLOSE
     point = io.read_table(got.paths.curve(2)).to_pylist()[-1]
@@ -178,7 +178,7 @@ def test_splitmix(root: Path) -> None:
 
 def test_a_client_receives_and_sends_the_bases_it_trains(root: Path) -> None:
     keys = {"budgets": {"like_width": {0.25: 3, 0.5: 3}}, "margin": 0.2, "rounds": 4, "budget": "off"}
-    game = Game(make_run({"splitmix": {"atom": 0.25}}, **keys), root)
+    game = Game(make_run({"split_mix": {"atom": 0.25}}, **keys), root)
     one = sum(t.numel() * 4 for n, t in game.state.items() if n.startswith("model/"))
     game.play()
     seen = set()
@@ -193,8 +193,8 @@ def test_a_client_receives_and_sends_the_bases_it_trains(root: Path) -> None:
 
 def test_a_budget_below_an_atom_is_refused(root: Path) -> None:
     keys = {"budgets": {"like_width": {0.125: 3, 1.0: 3}}, "margin": 0.2}
-    with pytest.raises(FedpipeError, match=r"splitmix: ratio 0.125 trains no base of width 0.25; lower atom"):
-        Game(make_run({"splitmix": {"atom": 0.25}}, **keys), root)
+    with pytest.raises(FedpipeError, match=r"split_mix: ratio 0.125 trains no base of width 0.25; lower atom"):
+        Game(make_run({"split_mix": {"atom": 0.25}}, **keys), root)
 
 
 # ------------------------------------------------------------------------------- EmbracingFL, InclusiveFL, ProgFed
@@ -256,3 +256,40 @@ def test_progfed_grows(root: Path) -> None:
     assert [int(s["server/stage"]) for s in states] == [0, 0, 0, 1, 1, 1, 1, 1, 1]
     sizes = [s.metrics[0]["payload_down"] for s in game.sent]
     assert sizes[0] < sizes[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- FedFA
+def test_fedfa_grafts_and_scales(root: Path) -> None:
+    """Clients of two depths and two widths; the mean by a straight-line re-statement."""
+    keys: dict[str, Any] = {**MLP, "name": "t", "local": local(1), "precision": "float64"}
+    keys["model"] = {"name": "mlp", "hidden": [8, 8, 8, 8]}
+    method = {"fedfa": {"widths": [1.0, 0.5], "depths": [1.0, 0.5], "quantile": 0.9}}
+    game = Game(make_run(method, {**keys, "budgets": {"bytes": {23_000: 1, 33_000: 1, 60_000: 1}}}), root)
+    begin = game.state
+    state = game.play(1).state
+    sent = {s.row["client"]: io.decode(s.image or b"") for s in game.sent}
+    held = {i: sorted({n.split(".")[0][6:] for n in tensors}) for i, (tensors, _) in sent.items()}
+    assert held == {
+        0: ["h1", "h2", "head", "stem"],
+        1: ["h1", "h2", "head", "stem"],
+        2: ["h1", "h2", "h3", "head", "stem"],
+    }
+    shapes = {i: tuple(tensors["model/h1.1.weight"].shape) for i, (tensors, _) in sent.items()}
+    assert shapes == {0: (4, 4), 1: (8, 8), 2: (8, 8)}
+    for i in (0, 1):
+        sent[i][0].update({f"model/h3.{k}": sent[i][0][f"model/h2.{k}"] for k in ("1.weight", "1.bias")})
+    for name, old in begin.items():
+        each = [sent[i][0][name] for i in range(3)]
+        norms = []
+        for t in each:
+            size = t.abs().flatten().sort().values
+            kept = size[: int(np.ceil(0.9 * len(size) - 1e-9))]
+            norms.append(float((kept**2).sum().sqrt()))
+        total, count = torch.zeros_like(old), torch.zeros_like(old)
+        for i, t in enumerate(each):
+            at = tuple(slice(k) for k in t.shape)
+            weight = sent[i][1]["weight"]
+            total[at] += weight * t * (sum(norms) / 3 / norms[i])
+            count[at] += weight
+        wanted = torch.where(count > 0, total / count.clamp(min=1e-9), old)
+        assert float((state[name] - wanted).abs().max()) < CLOSE, name

@@ -7,18 +7,19 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from engine import Game, distance, make_run
+from engine import IID, Game, distance, make_run
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedpipe.config import Study
 from fedpipe.digest import step_digest
 from fedpipe.errors import FedpipeError
 from fedpipe.models import weights
 from fedpipe.models.chain import Chain
 from fedpipe.models.vit import vit_tiny
-from fedpipe.paths import RunPaths
+from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.states import write_states
 from fedpipe.types import Tensors
 
@@ -281,3 +282,11 @@ def test_a_study_of_other_numbers_of_runs_is_refused(root: Path, tmp_path: Path)
         ended(tmp_path, game, seeds=seeds)
     run = make_run("fedavg", model={**MLP, "weights": str(tmp_path)})
     assert f"{tmp_path}: 2 runs in this folder; wanted one run" in refused(lambda: step_digest("assign", run))
+
+
+def test_runs_of_a_study_as_it_was_do_not_count(root: Path, tmp_path: Path) -> None:
+    game = Game(make_run("fedavg", rounds=1), root)
+    stale, now = (ended(tmp_path, game, seeds=seeds) for seeds in ([0], [1]))
+    StudyPaths(tmp_path, Study.model_validate({**IID, "methods": ["fedavg"], "seeds": [1]})).write_specs()
+    assert stale.folder != now.folder
+    assert weights.located(tmp_path) == now.state(10) / "server@10.safetensors"

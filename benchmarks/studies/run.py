@@ -48,7 +48,7 @@ def run(file: Path) -> None:
     io.write_table(stem.with_suffix(".obs.parquet"), seen, made)
     shown = cells.present(found, seen)
     head = f"`{file.relative_to(ROOT)}`, {made['date']}, commit {commit}, {platform.machine()}, {os.cpu_count()} cores."
-    text = f"{head}\n\n{cells.markdown(shown, cells.note(shown))}"
+    text = f"{head}\n\n{cells.markdown(shown, ' '.join([*io.read_meta(table)['remarks'], cells.note(shown)]))}"
     if study.measure == "all":
         rows = peaks.largest(results.load_all(study, [p.folder for p in StudyPaths(table.parent, study).runs]))
         text += f"\n{cells.markdown(peaks.by_budget(rows), PEAKS)}"

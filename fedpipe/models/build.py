@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,10 +27,10 @@ def builder(name: str) -> Callable[..., Any]:
     return found
 
 
-def without(chain: Chain, first: int) -> Chain:
-    """A chain of the same modules but for the first units after the stem, whose output goes on to those behind them
-    (FeDepth, arXiv 2303.04887, clients that lack memory). Raises FedpipeError where these do not take it."""
-    skip, rest = chain.names[1 : 1 + first], [chain.names[0], *chain.names[1 + first :]]
+def without(chain: Chain, skip: Sequence[str]) -> Chain:
+    """A chain of the same modules but for some units, whose input goes on to those behind them. Raises FedpipeError
+    where these do not take it."""
+    rest = [n for n in chain.names if n not in skip]
     exits = {u: chain.get_submodule(h) for u, h in chain.heads.items() if u in rest}
     try:
         return Chain([(n, chain.get_submodule(n)) for n in rest], chain.shape, exits)
@@ -70,22 +70,25 @@ def with_exits(chain: Chain, name: str, count: int) -> Chain:
 
 
 def load(
-    spec: ModelSpec, shape: Shape, classes: int, skip: int = 0, depth: int = 0, inner: bool = True,
+    spec: ModelSpec, shape: Shape, classes: int, skip: int | str = 0, depth: int = 0, inner: bool = True,
     exits: bool | int = False, **extra: Any,
 ) -> Chain:  # fmt: skip
     """Build the named network, or that of a user's file, for images `shape` = (C, H, W).
 
     A builder is `net(shape, classes, **settings)` and returns [(unit name, module), ...] or a Chain; `extra` (width,
     scale) goes before the study's settings. Initial values come from torch's global generator: build inside `seeded`.
-    skip: so many units after the stem are left out once all have been built; depth: those after so many are;
-    exits: every unit gets a head (True), or so many of them, the last included; inner: all but the last's stay, too.
+    skip: units that are left out once all have been built, "b2 b3", or the first so many after the stem; depth: those
+    after so many are; exits: every unit gets a head (True), or so many of them, the last included; inner: all heads but
+    the last's stay, too.
     Raises FedpipeError for unknown models, settings the builder does not take, and what it returns otherwise.
     """
     chain = _built(spec, shape, classes, extra)
     if exits:
         chain = with_exits(chain, spec.name, len(chain.names) - 2 if exits is True else exits)
     chain = upto(chain, depth, inner) if depth else chain
-    return without(chain, skip) if skip else chain
+    if skip:
+        chain = without(chain, chain.names[1 : 1 + skip] if isinstance(skip, int) else skip.split())
+    return chain
 
 
 def _built(spec: ModelSpec, shape: Shape, classes: int, extra: dict[str, Any]) -> Chain:

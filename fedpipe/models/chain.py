@@ -5,6 +5,7 @@ Units may have a head of their own, an exit, which stands in the place of link a
 head whose `behind(shape)` makes another for features of that shape can give one to each."""
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -115,6 +116,12 @@ class Chain(nn.Module):
             out.append(self._logits(x, unit))
             since = unit
         return out
+
+    @property
+    def alike(self) -> tuple[tuple[str, ...], ...]:
+        """Units in order, those together that follow each other and have tensors of the same names and shapes."""
+        kinds = {n: [(k, t.shape) for k, t in self.get_submodule(n).state_dict().items()] for n in self.names[1:-1]}
+        return tuple(tuple(run) for _, run in groupby(kinds, key=kinds.__getitem__))
 
     def head_of(self, unit: str) -> str:
         """The head that the chain ends with where it stops at a unit."""

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.types import Tensors
 
@@ -38,7 +39,9 @@ def located(named: str | Path) -> Path:
 
 def _last_state(folder: Path) -> Path:
     """The state a study of one run ended with. FedpipeError for other numbers of runs, and a run that has not ended."""
-    runs = [p for p in folder.glob("runs/*") if p.is_dir()]
+    spec = folder / "study.json"  # runs of the study as it was before may lie there, too
+    known = {r.id for r in Study.model_validate_json(spec.read_bytes()).runs()} if spec.is_file() else None
+    runs = [p for p in folder.glob("runs/*") if p.is_dir() and (known is None or p.name in known)]
     if len(runs) != 1:
         wanted = "one run, or the path of a runs/<id>/state/<round>/server@<round>.safetensors in it"
         raise FedpipeError(f"model.weights: {folder}: {len(runs)} runs in this folder; wanted {wanted}")

@@ -52,7 +52,7 @@ def run(
         raise FedpipeError(_nobody(rt, people, chosen))
     by_client = {p["client"]: (p, s) for p, s in zip(people, stages, strict=True)}
     rows = schedule(
-        thinned((rt.method.route or star)(RouteCtx(spec.seed, spec.rounds, len(people), spec.cohort)), spec),
+        thinned((rt.method.route or star)(_route_ctx(rt, len(people))), spec),
         plan_of=lambda client, round: _at(by_client[client][1], round),
         plans=chosen.plans,
         stack_key=lambda client, plan: rt.stack_key(by_client[client][0]["samples"], chosen.plans[plan]),
@@ -76,6 +76,10 @@ def run(
     io.write_table(route, rows, {**meta, "holds": {"state": [f"{n}.safetensors" for n in first], "own": []}}, ROUTE)
     write_states(state, first, 0, meta)
     write_owns(own, {}, meta)
+
+
+def _route_ctx(rt: Runtime, clients: int) -> RouteCtx:
+    return RouteCtx(rt.run.seed, rt.run.rounds, clients, rt.run.cohort, rt.method.h)
 
 
 def _people(clients: Path, needs: dict[float, int]) -> list[dict[str, Any]]:

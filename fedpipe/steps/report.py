@@ -12,7 +12,7 @@ import yaml
 
 from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
-from fedpipe.io import BLANK, read_table, write_sealed
+from fedpipe.io import BLANK, read_meta, read_table, write_sealed
 from fedpipe.paths import RunPaths
 from fedpipe.report import cells, peaks_picture
 from fedpipe.report.figures import drawn, plan_file
@@ -122,6 +122,10 @@ def _picture(file: Path, title: str) -> str:
     return inline(file.read_text(), re.sub(r"\W+", "-", file.stem), title)
 
 
+def _notes(*texts: str) -> str:
+    return "".join(f'<p class="note">{escape(t)}</p>' for t in texts)
+
+
 def _memory(runs: list[RunResults]) -> str:
     peaks, rows = measured_peaks(runs), largest(runs)
     picture = drawn(peaks_picture.draw(rows), "svg").decode()
@@ -168,7 +172,7 @@ def sections(study: Study, runs: list[RunResults], table: Path) -> list[tuple[st
     tables = [scores, *cells.split(rest, "Payload up / down (MiB)")]
     plans = [_picture(drawn / f"{plan_file(k)}.svg", f"plans of {k}") for k in pictured(runs)]
     return [
-        ("Results", "".join(map(cells.html, tables)) + f'<p class="note">{escape(cells.note(shown))}</p>'),
+        ("Results", "".join(map(cells.html, tables)) + _notes(*read_meta(table)["remarks"], cells.note(shown))),
         ("Plans", "".join(plans) or "<p>Every client trains the whole model at once.</p>"),
         ("Who took part", _who(runs)),
         ("Accuracy over rounds", _picture(drawn / "accuracy_rounds.svg", "accuracy over rounds")),

@@ -14,6 +14,7 @@ from fedpipe.config import Study
 from fedpipe.errors import FedpipeError
 from fedpipe.io import checksum, write_table, write_text
 from fedpipe.report import cells, figures
+from fedpipe.report.claims import remarks
 from fedpipe.report.results import Row, RunResults, load_all
 from fedpipe.report.summaries import BYTES, client_accuracies, curves, observed, summary
 from fedpipe.steps import measured, provenance
@@ -158,9 +159,10 @@ def run(study: Path, runs: list[Path], *, table: Path) -> None:
     _figures(table.parent / "figures", results)
     made = {**provenance("table", spec, [f for r in results for f in measured(r.folder)]), "study": spec.name}
     write_table(table.with_suffix(".obs.parquet"), observations(results), made)
-    shown = cells.present(rows)
-    write_text(table.with_suffix(".md"), cells.markdown(shown, cells.note(shown)))
-    write_text(table.with_suffix(".tex"), cells.latex(shown, cells.note(shown)))
+    shown, said = cells.present(rows), remarks(spec, [summary(r) for r in results])
+    note = " ".join([*said, cells.note(shown)])
+    write_text(table.with_suffix(".md"), cells.markdown(shown, note))
+    write_text(table.with_suffix(".tex"), cells.latex(shown, note))
     texts = [table.with_suffix(".md"), table.with_suffix(".tex"), *sorted((table.parent / "figures").iterdir())]
     beside = {f.relative_to(table.parent).as_posix(): checksum(f) for f in texts}
-    write_table(table, rows, {**made, "first": rows["label"][0].as_py(), "beside": beside})
+    write_table(table, rows, {**made, "first": rows["label"][0].as_py(), "beside": beside, "remarks": said})

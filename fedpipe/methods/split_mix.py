@@ -29,7 +29,7 @@ def many(ratio: float, atom: float) -> int:
 def plan(ctx: PlanCtx) -> Plan | None:
     atom, ratio = ctx.h["atom"], 1.0 if ctx.row.ratio is None else min(1.0, ctx.row.ratio)
     if many(ratio, atom) == 0:
-        raise FedpipeError(f"methods.splitmix: ratio {ratio:g} trains no base of width {atom:g}; lower atom")
+        raise FedpipeError(f"split_mix: ratio {ratio:g} trains no base of width {atom:g}; lower atom")
 
     def first(count: int) -> Plan:
         phases = tuple(Phase(f"base{j}", live=(f"{name(j)}/*",)) for j in range(count))
@@ -76,5 +76,5 @@ def predict(at: Tensors, batch: Batch, ctx: Ctx) -> Tensors:
     return {"global": torch.stack(each).mean(0)}
 
 
-method = Method(name="splitmix", model=lambda h: {"width": h["atom"]} if h["atom"] < 1 else {}, h={"atom": 0.125},
+method = Method(name="split_mix", model=lambda h: {"width": h["atom"]} if h["atom"] < 1 else {}, h={"atom": 0.125},
                 plan=plan, fill=fill, init=init, begin=begin, loss=loss, end=end, predict=predict)  # fmt: skip
