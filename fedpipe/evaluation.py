@@ -33,7 +33,7 @@ def scores(rt: Runtime, at: Tensors, rows: Tensor, ctx: Ctx, train: Tensor) -> d
     layout = rt.layout(ctx.chain or rt.build())
 
     def batches(rows: Tensor) -> Iterator[Batch]:
-        return (laid(rt.load(part.numpy(), len(part)), layout) for part in rows.split(rt.evaluated_at_once))
+        return (laid(rt.feed.load(part.numpy(), len(part)), layout) for part in rows.split(rt.evaluated_at_once))
 
     with torch.no_grad(), seeded(0), rt.statistics.applied() if rt.statistics else nullcontext():
         if rt.statistics and len(train):

@@ -16,9 +16,10 @@ from torch import Tensor
 from fedpipe import machine, methods
 from fedpipe.aggregate import cut
 from fedpipe.config import Run
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
+from fedpipe.feed import Feed
 from fedpipe.io import canonical
 from fedpipe.loop.capture import programs
 from fedpipe.loop.client import Client, Loop, Probe, batch_rows, fixed_batches
@@ -29,11 +30,12 @@ from fedpipe.models import build as models
 from fedpipe.models import traits, weights
 from fedpipe.models.chain import Chain
 from fedpipe.models.statistics import Statistics
+from fedpipe.planning import PlanCtx
 from fedpipe.recompute import Policy
 from fedpipe.records import changed
 from fedpipe.rng import key, rng
 from fedpipe.seeding import seeded
-from fedpipe.types import Batch, Method, Phase, Plan, Row, Tensors, Window, matches
+from fedpipe.types import Method, Phase, Plan, Row, Tensors, Window, matches
 
 Settings = tuple[tuple[str, Any], ...]  # keywords a client's model is built with
 CACHE = 3 << 19  # bytes of parameters a stack on a CPU may have
@@ -48,13 +50,11 @@ class Runtime:
         self.method = method or methods.load(run.method)
         self.device = torch.device(machine.device(run))
         self.dtype = torch.float64 if run.precision == "float64" else torch.float32
-        self.fed = data.on(self.device)
-        self.fed.normalisation(self.dtype)  # now, and not when a client's peak is measured
+        self.feed = Feed(run.local.loss, data, self.device, self.dtype)
         self.programs = programs(run.compile)
         self.predictor, self.chooser = Predictor(self), Chooser(self)
         self._built: dict[Settings, Chain] = {}
         self._layouts: dict[Hashable, torch.memory_format] = {}
-        self._weights: dict[tuple[int, int], Tensor] = {}
         self.statistics = Statistics(self.build()) if run.evaluate.norm == "train" else None
         self._checked: set[tuple[Settings, Policy]] = set()
 
@@ -239,54 +239,17 @@ class Runtime:
         if (ctx.role, ctx.samples) != ("train", len(rows)):
             mine = changed(mine, role="train", samples=len(rows))
         if self.method.end:
-            mine = changed(mine, labels=self._labels(rows))
+            mine = changed(mine, labels=self.feed.labels(rows))
         return Client(
             ctx=mine,
             at=self.moved(at),
             batches=batches,
-            load=self.load,
-            load_stack=self.load_stack,
+            load=self.feed.load,
+            load_stack=self.feed.load_stack,
             noise=lambda index, step: rng(seed, t, i, f"{ctx.role}/draw/{index}/{step}"),
             seed=key(seed, t, i, f"{ctx.role}/layers") % 2**63,
-            always=self.always(rows),
+            always=self.feed.always(rows),
         )
-
-    def always(self, rows: Tensor) -> Tensors:
-        """What every batch of a client with these rows [n] has besides them."""
-        return {"classes": self._labels(rows).to(self.device)} if self.run.local.loss == "masked_client" else {}
-
-    def _labels(self, rows: Tensor) -> Tensor:
-        """Which classes [classes] are among rows [n]."""
-        found = torch.zeros(self.data.classes, dtype=torch.bool)
-        found[self.data.y[rows]] = True
-        return found
-
-    def load(self, rows: NDArray[np.int64], size: int) -> Batch:
-        """Rows as a batch: x, y and weights that sum to 1; padded to `size` with rows of weight 0."""
-        return {k: t[0] for k, t in self.load_stack([rows], size).items()}
-
-    def load_stack(self, rows: list[NDArray[np.int64]], size: int, into: Tensor | None = None) -> Batch:
-        """Batches of the clients of a stack, with a client axis in front; into: an x of their shape to write over."""
-        clients, counts = len(rows), [len(r) for r in rows]
-        if counts == [size] * clients:
-            every, w = np.concatenate(rows), self._even(clients, size)
-        else:
-            every = np.concatenate([np.pad(r, (0, size - n), mode="edge") for r, n in zip(rows, counts, strict=True)])
-            w = torch.zeros(clients, size, dtype=self.dtype)
-            for mine, n in zip(w, counts, strict=True):
-                mine[:n] = 1 / n
-        x, y = self.fed.batch(torch.from_numpy(every), self.dtype, into if self.device.type == "cpu" else None)
-        batch = {"x": x.view(clients, size, *x.shape[1:]), "y": y.view(clients, size), "w": w}
-        return (
-            batch if self.device.type == "cpu" else {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-        )
-
-    def _even(self, clients: int, size: int) -> Tensor:
-        """Weights of full batches, which nobody writes to."""
-        key = (clients, size)
-        if key not in self._weights:
-            self._weights[key] = torch.from_numpy(np.full(key, 1 / size)).to(self.dtype).to(self.device)
-        return self._weights[key]
 
     def layout(self, chain: Chain) -> torch.memory_format:
         """How images and filters lie: channels last on a CPU that trains one client after another, where convolutions

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from fedpipe.context import Ctx, PlanCtx, RouteCtx
+    from fedpipe.context import Ctx, RouteCtx
+    from fedpipe.planning import PlanCtx
 
 Tensors = dict[str, "Tensor"]
 Patterns = tuple[str, ...]

@@ -14,12 +14,12 @@ from torch import nn
 from fedpipe import io
 from fedpipe.__main__ import main
 from fedpipe.config import ModelSpec, Optimizer, Run
-from fedpipe.context import with_margin, without_margin
 from fedpipe.data.dataset import Dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.explain import spans
 from fedpipe.memory import Parts
 from fedpipe.memory.costs import Costs
+from fedpipe.memory.margin import with_margin, without_margin
 from fedpipe.memory.stretch import Again, Stretch, of, ranges
 from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth

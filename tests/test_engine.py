@@ -188,7 +188,8 @@ def test_gradient_elsewhere_is_the_gradient_there(mine: str, root: Path) -> None
     sent = game.play().sent[0]
     rows = game.opened.training[sent.row["client"]]
     x = {n: (0.75 * t).requires_grad_() for n, t in begin.items()}
-    batch = rt.load(rows[torch.from_numpy(rng(0, 0, sent.row["client"], "train/batches/0").permutation(len(rows)))], 40)
+    order = torch.from_numpy(rng(0, 0, sent.row["client"], "train/batches/0").permutation(len(rows)))
+    batch = rt.feed.load(rows[order], 40)
     chain.task(chain.apply(x, batch["x"]), batch).backward()  # type: ignore[no-untyped-call]
     from fedpipe.io import decode
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedpipe import io
 from fedpipe.errors import FedpipeError
+from fedpipe.memory.margin import with_margin
 from fedpipe.memory.trial import tried
 from fedpipe.methods import fedepth as fedepth_method
 from fedpipe.plans import read_plans
@@ -288,6 +289,16 @@ def test_a_client_leaves_out_no_more_than_it_must(root: Path) -> None:
     assert left == {4_000_000: None, 4_700_000: 3, 5_400_000: 0}
 
 
+def test_a_budget_of_just_what_the_whole_needs_is_one_block() -> None:
+    rt = runtime("preresnet20", "fedepth", local={"batch": 32, "optimizer": {"momentum": 0.9}})
+    peak = max(rt.predictor.peaks(Plan()))
+    counts = []
+    for budget in (with_margin(peak, rt.run.margin), with_margin(peak - 1, rt.run.margin)):
+        plan = rt.method.plan(rt.plan_ctx(Row(budget, 32))) if rt.method.plan else None
+        counts.append(len(plan.phases) if plan else 0)
+    assert counts == [1, 2]
+
+
 def test_units_behind_a_block_do_not_run(root: Path) -> None:
     rt = Game(make_run("fedepth", **SIX, stack=1), root).opened.rt
     first = (fedepth_method.phases(rt.plan_ctx(Row(None, 32)), [("b1", "b2")])[0],)
@@ -307,7 +318,7 @@ def test_equal_peers_teach_each_other_nothing(root: Path) -> None:
     """Then the value is twice the cross-entropy and the gradient that of each alone; and neither's loss moves the
     other."""
     rt = Game(make_run({"fedepth": {"scenario": "surplus"}}, **SIX, precision="float64"), root).opened.rt
-    ctx, batch = replace(rt.ctx(0), chain=rt.build()), rt.load(np.arange(16), 16)
+    ctx, batch = replace(rt.ctx(0), chain=rt.build()), rt.feed.load(np.arange(16), 16)
     model = {n: t.clone().requires_grad_() for n, t in rt.state0.items()}
 
     def gradients(peer: Tensors) -> tuple[float, list[Tensor]]:

@@ -127,7 +127,7 @@ def test_a_wrong_value_names_file_and_key(study: Path, refused: Refused, item: s
         (["--set", "methods=[fedavgg]"], "methods: 'fedavgg' is not known; there are depthfl"),
         (["--set", "methods=[./mine.py]"], "methods: './mine.py' is not known; there are"),
         (["--set", "methods=[{fedprox: {mu: high}}]"], "methods.fedprox.mu: wanted float, got 'high'"),
-        (["--set", "methods=[{fedavg: {mu: 1}}]"], "methods.fedavg: no setting 'mu'; there are none"),
+        (["--set", "methods=[{fedavg: {mu: 1}}]"], "methods.fedavg: no setting 'mu'; there are part"),
         (["--set", "model=nett"], "model: 'nett' is not known; there are cnn, cnn4, linear, mlp, mobilenet, "),
         (["--set", "model=./mine.py"], "model: './mine.py' is not known; there are"),
         (["--set", "model=./absent.py:net"], "absent.py: no such file, named in the study as absent.py:name"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TRIES = 4  # to find room for what a method holds besides plain training
 Block = tuple[str, ...]
 NEVER = 2**62  # bytes
+NEAR = 1.01  # costs of units are as near as that to what is traced
 ALL: Patterns = ("model/*",)
 
 
@@ -91,6 +92,12 @@ class Chooser:
         again is looked for unit by unit here; `fitted` looks at ranges, too. skip: so many first units are in no block.
         """
         units, room = self.units[skip:], limit
+        if limit < self.least(units, build, limit, units) <= limit * NEAR:
+            whole = self.fitted(
+                build([units]), limit
+            )  # a budget may be just what the whole needs, which costs only near
+            if isinstance(whole, Plan):
+                return whole
         found: Plan | int = limit + 1
         for _ in range(TRIES):
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fedpipe.context import with_margin
 from fedpipe.errors import FedpipeError
 from fedpipe.memory.limit import allocator_limit
+from fedpipe.memory.margin import with_margin
 from fedpipe.memory.measure import Peak
 from fedpipe.memory.parts import Parts, mib
 from fedpipe.memory.predict import tensor_bytes

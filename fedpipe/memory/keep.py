@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedpipe.context import without_margin
+from fedpipe.memory.margin import without_margin
 from fedpipe.models import traits
 from fedpipe.plans import trained_units
 from fedpipe.types import Phase, Plan, Row

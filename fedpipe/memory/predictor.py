@@ -93,7 +93,7 @@ class Predictor:
                 batches=lambda phase, index: [np.arange(size)] * STEPS,
                 load=load,
                 noise=lambda index, step: rt.ctx(client=0).rng("trace"),
-                always=trace.fake(rt.always(torch.zeros(0, dtype=torch.long))),
+                always=trace.fake(rt.feed.always(torch.zeros(0, dtype=torch.long))),
             )
             del at
             rt.loop(probe).train([client], plan)

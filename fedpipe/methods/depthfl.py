@@ -14,9 +14,10 @@ from math import exp
 import torch
 from torch import Tensor
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.loop.client import default_begin
 from fedpipe.models.chain import Chain
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors
 
 

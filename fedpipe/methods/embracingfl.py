@@ -6,7 +6,7 @@ model and sends what it trained, which is averaged by samples over the clients t
 frozen part piece by piece, and the mean, are recalled: the paper was not at hand. A budget for all is FedAvg.
 """
 
-from fedpipe.context import PlanCtx
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan
 
 

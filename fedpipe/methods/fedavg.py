@@ -5,7 +5,7 @@ a client whose budget does not hold what it trains is left out.
 part  of the model that is trained and sent: full, body or head; the rest stays as state 0 has it, on every client
 """
 
-from fedpipe.context import PlanCtx
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan
 
 

@@ -5,7 +5,7 @@ The body is federated, the head is not: it keeps its random initial value, equal
 (or `part`: body, head) on its own training rows. The mean is uniform, as in the published code.
 """
 
-from fedpipe.context import PlanCtx
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan
 
 

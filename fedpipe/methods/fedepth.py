@@ -15,9 +15,10 @@ faithful  frozen tensors have gradients of 0, and move by momentum and decay: th
 from collections.abc import Sequence
 from functools import partial
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
 from fedpipe.loop.client import default_begin
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors, under
 
 MUTUAL = Plan(phases=(Phase("mutual", live=("model/*", "own/peer/*")),), keep=("own/peer/*",))

@@ -10,8 +10,9 @@ For lack the published code goes by the same four groups, whatever these train t
 
 from dataclasses import replace
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.methods import fedepth
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Plan, Tensors, select
 
 WEIGHTS = 4, 2, 2, 2, 4

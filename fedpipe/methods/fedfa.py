@@ -14,8 +14,9 @@ from math import ceil
 
 from torch import Tensor
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.models.chain import Chain
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan, Tensors, Update, under
 
 

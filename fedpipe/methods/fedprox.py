@@ -4,7 +4,7 @@ Each client minimises f_k(w) + (mu / 2) ||w - w_t||^2: the local gradient at w g
 (`in/model/*`) is the model received this round. mu = 0 is FedAvg.
 """
 
-from fedpipe.context import PlanCtx
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan, Step
 
 

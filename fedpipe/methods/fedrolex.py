@@ -8,8 +8,8 @@ twice in some weights; this is the paper's plain mean.) Full width is FedAvg (un
 
 from dataclasses import replace
 
-from fedpipe.context import PlanCtx
 from fedpipe.methods import heterofl
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Plan
 
 

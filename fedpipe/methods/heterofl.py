@@ -12,7 +12,8 @@ leaves absent classes out of the loss, and `evaluate.norm: train`, batch norm by
 import torch
 from torch import nn
 
-from fedpipe.context import Ctx, Grad, PlanCtx
+from fedpipe.context import Ctx, Grad
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Plan, Tensors, under
 
 

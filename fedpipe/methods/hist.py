@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from fedpipe.context import Ctx, PlanCtx, RouteCtx
+from fedpipe.context import Ctx, RouteCtx
 from fedpipe.errors import FedpipeError
+from fedpipe.planning import PlanCtx
 from fedpipe.rng import rng
 from fedpipe.types import Method, Mix, Phase, Plan, Step, Tensors, Train, Update, under
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.methods.depthfl import ends
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan, Tensors, Update, under
 
 

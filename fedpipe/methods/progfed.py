@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 import torch
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.methods.depthfl import ends
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors, Update
 
 

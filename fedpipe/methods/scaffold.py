@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
+from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan, Step, Tensors, Update, under
 
 

@@ -12,8 +12,9 @@ from math import floor
 import torch
 from torch import Tensor
 
-from fedpipe.context import Ctx, PlanCtx
+from fedpipe.context import Ctx
 from fedpipe.errors import FedpipeError
+from fedpipe.planning import PlanCtx
 from fedpipe.rng import rng
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors, under
 

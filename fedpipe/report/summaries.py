@@ -9,7 +9,7 @@ import statistics
 import pyarrow as pa
 
 from fedpipe.arrow import table
-from fedpipe.context import with_margin
+from fedpipe.memory.margin import with_margin
 from fedpipe.report.results import Row, RunResults
 
 BYTES = ("payload_up", "header_up", "payload_down", "header_down")

@@ -7,10 +7,11 @@ import pyarrow as pa
 
 from fedpipe import io, machine
 from fedpipe.budgets import Limit
-from fedpipe.context import RouteCtx, with_margin
+from fedpipe.context import RouteCtx
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.memory.enforce import judge_plans, plans_over, row_of
+from fedpipe.memory.margin import with_margin
 from fedpipe.memory.parts import Parts, mib
 from fedpipe.plans import SCHEMA as PLANS
 from fedpipe.plans import key, plan_rows

@@ -10,12 +10,12 @@ import torch
 
 from fedpipe import io
 from fedpipe.config import Run
-from fedpipe.context import with_margin
 from fedpipe.data import dataset
 from fedpipe.errors import FedpipeError
 from fedpipe.memory import limit, trial
 from fedpipe.memory.enforce import row_of
 from fedpipe.memory.keep import keeping
+from fedpipe.memory.margin import with_margin
 from fedpipe.memory.measure import BESIDE
 from fedpipe.memory.parts import KINDS, mib
 from fedpipe.memory.predict import tensor_bytes
