@@ -107,14 +107,15 @@ class Mixing:
                 states = {**world.states, **made}
                 mixed = self._mix(row, states, by_id) if world.watch.stopped is None else states[row["base"]]
                 made[row["out"]] = dict(sorted(mixed.items()))
+        came = [by_id[u] for r in self.by_round.get(t, []) for u in r.get("updates") or () if u in by_id]
+        if came and not any(sent.message for sent in came):
+            raise FedpipeError(f"round {t}: every client failed")
         return made
 
     def _mix(self, row: dict[str, Any], states: dict[str, Tensors], by_id: Mapping[str, Sent]) -> Tensors:
         came = [u for u in row["updates"] if u in by_id]
         base, arrived = states[row["base"]], (s for s in map(by_id.__getitem__, came) if s.message)
         first = next(arrived, None)
-        if first is None and came:
-            raise FedpipeError(f"round {row['round']}: every client failed")
         if first is None and not row["states"]:
             return base
         terms = cache(lambda plan, start: self.of(plan, states[start]))

@@ -315,6 +315,22 @@ def test_edges_of_nobody_who_reports_keep_their_state(root: Path) -> None:
     assert equal(first, game.play().state) and len(game.sent) == 8
 
 
+def test_an_edge_whose_clients_all_fail_keeps_its_state(root: Path) -> None:
+    for failing, message in (((0, 2, 4), None), (range(6), "round 1: every client failed")):
+        game = Game(make_run("hist", rounds=2, on_client_failure="drop"), root).play(1)
+        rounds, world = game.opened.rounds, game.world
+        sent = rounds.train(1, world, rounds.groups(1))
+        for s in sent:
+            if s.row["client"] in failing:
+                s.fail()
+        if message:
+            with pytest.raises(FedpipeError, match=message):
+                rounds.mix(1, world, sent)
+            continue
+        states = rounds.mix(1, world, sent).states
+        assert equal(states["e0@2"], world.states["e0@1"]) and not equal(states["e1@2"], world.states["e1@1"])
+
+
 # ------------------------------------------------------------------------------------------------------------- route
 def route_of(h: dict[str, int], rounds: int) -> list[Train | Mix]:
     return list(hist.route(RouteCtx(0, rounds, 6, 6, h)))

@@ -75,7 +75,6 @@ def mutual(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[object, Tensors]:
     return ctx.task(a, batch) + ctx.task(b, batch) + (apart * batch["w"]).sum(), {**changed, **more}
 
 
-method = Method(name="fedepth", plan=plan, begin=begin, loss={"mutual": mutual}, h={
+method = Method(name="fedepth", plan=plan, begin=begin, loss={"mutual": mutual}, h={"faithful": False,
     "blocks": ("bytes", "paper"), "scenario": ("auto", "fair", "lack", "surplus"), "average": ("all", "trained"),
-    "faithful": False,
 })  # fmt: skip

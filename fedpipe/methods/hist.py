@@ -4,7 +4,6 @@ Client i is of cell i mod `cells`. Every global round k the model is cut into on
 p_c with sum_c p_c = 1. Clients of cell c train p_c x, the rest 0; after every round the cell's edge takes their mean,
 after `period` of these rounds the cloud x = sum_c p_c x_c. One cell and period 1 are FedAvg. p_c is `tmp/mask/*`, x_c
 the state of node e<c>, which has the cloud's values where p_c is 0.
-
 What masks divide is ours: hidden units, equal counts of channels alike in all layers. An entry goes with its output
 unit, of the last layer's weight with its input unit; what has neither, as the last bias, with cell k mod `cells`.
 Messages are whole tensors. Rounds behind the last whole period do not reach the cloud.

@@ -1,10 +1,10 @@
 """Split-Mix. Hong, Wang, Wang and Zhou, ICLR 2022. https://arxiv.org/abs/2203.09747
 
 floor(1 / atom) base networks of width `atom`, each with values of its own, stand for the whole. A client with a budget
-of ratio r trains floor(r / atom) of them one after another (fewer where its bytes hold fewer): one by a shuffled order
-that all go round, the others drawn. A base is the mean, by samples, over the clients that trained it; what is predicted
-is the mean of all outputs. Clients receive and send the bases they train. One atom of 1 is FedAvg. Base 0 is `model/*`,
-the others `base/k/*`. Whose turn a base is, by round + client, is ours: the published code counts.
+of ratio r receives, trains and sends floor(r / atom) of them (fewer where its bytes hold fewer), one after another: one
+by a shuffled order that all go round, the others drawn. A base is the mean, by samples, over the clients that trained
+it; what is predicted is the mean of all outputs. One atom of 1 is FedAvg. Base 0 is `model/*`, the others `base/k/*`.
+Whose turn a base is, by round + client, is ours: the published code counts.
 """
 
 from math import floor

@@ -22,7 +22,7 @@ def draw(rows: list[Largest]) -> "Figure":
     from matplotlib.figure import Figure
 
     networks = [list(mine) for _, mine in groupby(rows, key=lambda r: r.run.run.model.name)]
-    heights = [len(mine) + 0.7 * len({r.run.run.label for r in mine}) + 2.5 for mine in networks]
+    heights = [len(mine) + len({r.run.run.label for r in mine}) + 2.5 for mine in networks]
     figure = Figure(figsize=(9.6, BAR * sum(heights) + 0.6), layout="constrained")
     each = figure.subplots(len(networks), 1, height_ratios=heights, squeeze=False)[:, 0]
     for ax, mine in zip(each, networks, strict=True):
@@ -40,7 +40,7 @@ def _network(ax: "Axes", rows: list[Largest]) -> None:
             _bar(ax, y, row)
             ticks.append(y)
             names.append(row.group.name or "no limit")
-        y += 0.7
+        y += 1
     ax.set_yticks(ticks, names, fontsize=8)
     ax.set(ylim=(y, -0.8), xlabel="peak of a client's largest phase (MiB)", title=rows[0].run.run.model.name)
     ax.tick_params(axis="y", length=0)
