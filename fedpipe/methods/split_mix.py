@@ -2,9 +2,8 @@
 
 floor(1 / atom) base networks of width `atom`, each with values of its own, stand for the whole. A client with a budget
 of ratio r receives, trains and sends floor(r / atom) of them (fewer where its bytes hold fewer), one after another: one
-by a shuffled order that all go round, the others drawn. A base is the mean, by samples, over the clients that trained
-it; what is predicted is the mean of all outputs. One atom of 1 is FedAvg. Base 0 is `model/*`, the others `base/k/*`.
-Whose turn a base is, by round + client, is ours: the published code counts.
+by a shuffled order that all go round (by round + client: ours), the others drawn. A base, `model/*` or `base/k/*`, is
+the mean, by samples, over those who trained it; predicted is the mean of all outputs. One atom of 1 is FedAvg.
 """
 
 from math import floor
