@@ -52,7 +52,7 @@ def run(file: Path) -> None:
     if study.measure == "all":
         rows = peaks.largest(results.load_all(study, [p.folder for p in StudyPaths(table.parent, study).runs]))
         text += f"\n{cells.markdown(peaks.by_budget(rows), PEAKS)}"
-        figures.save(peaks_picture.draw(rows), stem)
+        stem.with_suffix(".svg").write_bytes(figures.drawn(peaks_picture.draw(rows), "svg"))
     stem.with_suffix(".md").write_text(text)
     print(f"{stem.relative_to(ROOT)}.md")
 
