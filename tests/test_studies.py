@@ -372,3 +372,11 @@ def test_bad_selections(keys: dict[str, Any], said: str, tmp_path: Path) -> None
     with pytest.raises(FedpipeError) as e:
         load_study(written(tmp_path, **{**SELECT, **keys}))
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_kept_tables_can_be_compared_with_the_code_wherever_it_lies() -> None:
+    """Also those that begin with weights which are not there."""
+    command = [sys.executable, str(ROOT / "benchmarks/studies/run.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("note: ") for line in done.stdout.splitlines())

@@ -25,8 +25,9 @@ STUDIES, KEPT = ROOT / "workflows/studies", ROOT / "benchmarks/results/studies"
 
 
 def code(study: Study) -> str:
-    """Digest of the code that a study's table is made by."""
-    steps = {step_digest(step, run) for run in study.runs() for step in ("measure", "assign", "segment", "evaluate")}
+    """Digest of the code that a study's table is made by, without the weights that it may begin with."""
+    runs = [r.but(model=r.model.model_copy(update={"weights": None})) for r in study.runs()]
+    steps = {step_digest(step, run) for run in runs for step in ("measure", "assign", "segment", "evaluate")}
     return io.digest(*sorted(steps), step_digest("table"))
 
 
