@@ -50,20 +50,14 @@ def step_digest(step: str, run: Run | None = None, root: Path = ROOT) -> str:
         models = {name: builder.partition(":")[0] for name, builder in REGISTRY.items()}
         starts += [method_start(run.method.name, root), _start("model", run.model.name, models)]
         if run.model.weights:
-            return digest(code_digest(*starts, root=root), _content(located(run.model.weights)))
+            file = located(run.model.weights)
+            return digest(code_digest(*starts, root=root), _content(file, file.stat().st_mtime_ns))
     return code_digest(*starts, root=root)
 
 
-def _content(path: Path) -> str:
-    """Digest of a file that a run begins with."""
-    try:
-        return _of_version(path, path.stat().st_mtime_ns)
-    except OSError as e:
-        raise FedpipeError(f"model.weights: no file {path}") from e
-
-
 @cache
-def _of_version(path: Path, version: int) -> str:
+def _content(path: Path, version: int) -> str:
+    """Digest of a file that a run begins with; version: when it was written."""
     return digest(path.read_bytes())
 
 

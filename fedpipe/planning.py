@@ -92,8 +92,7 @@ class PlanCtx:
     @property
     def exits(self) -> tuple[str, ...]:
         """The units with a head of their own behind them, and the last, in order."""
-        heads = self.choose.chain.heads
-        return tuple(u for u in self.units if u in heads or u == self.units[-1])
+        return self.choose.chain.ends
 
     @property
     def alike(self) -> tuple[tuple[str, ...], ...]:

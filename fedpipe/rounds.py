@@ -74,7 +74,7 @@ class Rounds(Mixing):
         trained = self._trained(group, plan, world, later)
         losses = _losses([result for result, _ in trained])
         for row, (result, failed), lost in zip(group, trained, losses, strict=True):
-            own = self._filled(row, plan)
+            own = self.rt.filled(plan, row["round"], row["client"])
             key = (row["start"], row["plan"], row["reply"], own.down)
             if key not in down:
                 down[key] = self._down(row, own, world)
@@ -131,15 +131,12 @@ class Rounds(Mixing):
         starts: dict[tuple[str, Patterns], Tensors] = {}
         out = []
         for row in group:
-            own = self._filled(row, plan)
+            own = self.rt.filled(plan, row["round"], row["client"])
             if (key := (row["start"], own.down)) not in starts:
                 starts[key] = self.rt.moved(self.rt.received(own, world.states[row["start"]]))
             reply = picked(world.states[row["reply"]], plan.reply) if row["reply"] else {}
             out.append({**starts[key], **{f"re/{n}": t for n, t in reply.items()}, **world.own(row["client"])})
         return out
-
-    def _filled(self, row: dict[str, Any], plan: Plan) -> Plan:
-        return self.rt.filled(plan, self.rt.ctx(row["round"], row["client"])) if self.rt.method.fill else plan
 
     def _client(self, row: dict[str, Any], received: Tensors, ctx: Ctx) -> Client:
         """A client of the loop; ctx: that of its round."""

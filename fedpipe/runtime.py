@@ -194,11 +194,11 @@ class Runtime:
             return samples
         return (-(-samples // self.run.local.batch)).bit_length()
 
-    def filled(self, plan: Plan, ctx: Ctx) -> Plan:
+    def filled(self, plan: Plan, round: int = 0, client: int = 0) -> Plan:
         """The plan of one client in one round: with the method's words in the patterns of what it receives."""
         if not self.method.fill:
             return plan
-        words = self.method.fill(ctx)
+        words = self.method.fill(self.ctx(round, client))
         return replace(plan, down=tuple(p.format_map(words) for p in plan.down))
 
     def received(self, plan: Plan, state: Tensors) -> Tensors:

@@ -188,18 +188,21 @@ def test_every_scenario(name: str, epochs: int, batch: int, root: Path) -> None:
         assert apart([mine[n] for n in peer], [got.state(2)[n] for n in peer]) > 1e-3
 
 
+@pytest.mark.parametrize(("epochs", "batch"), [(2, 128), (1, 32)])
 @pytest.mark.parametrize("name", ["fair", "lack"])
-def test_frozen_tensors_move_by_momentum_where_the_published_code_moves_them(name: str, root: Path) -> None:
-    got = scenario(root, name, "fedepth", 1, 32, faithful=True)
+def test_frozen_tensors_move_by_momentum_where_the_published_code_moves_them(
+    name: str, epochs: int, batch: int, root: Path
+) -> None:
+    got = scenario(root, name, "fedepth", epochs, batch, faithful=True)
     w, _ = told(got, name, faithful=True)
     same(got, w)
     assert apart([*w.values()], [*told(got, name)[0].values()]) > 1e-3
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize(("epochs", "batch"), [(1, 128), (1, 32), (2, 32)])
 @pytest.mark.parametrize("name", ["fair", "lack"])
-def test_a_head_behind_every_block(name: str, epochs: int, root: Path) -> None:
-    got = scenario(root, name, "fedepth_mhead", epochs, 32)
+def test_a_head_behind_every_block(name: str, epochs: int, batch: int, root: Path) -> None:
+    got = scenario(root, name, "fedepth_mhead", epochs, batch)
     w, _ = told(got, name, heads=True)
     same(got, w, heads=True)
     start, end = got.state(0), got.state(2)

@@ -20,6 +20,7 @@ from fedpipe.memory.parts import KINDS
 from fedpipe.paths import RunPaths, StudyPaths
 from fedpipe.report import cells, peaks, peaks_picture, terminal
 from fedpipe.report.claims import remarks
+from fedpipe.report.intervals import holm, p_value
 from fedpipe.report.plan_picture import Group, groups
 from fedpipe.report.results import load, load_all
 from fedpipe.report.summaries import curves, observed, summary
@@ -291,9 +292,9 @@ def test_a_difference_is_claimed_only_when_its_interval_excludes_0(values: list[
 def test_p_values_are_of_the_paired_test_and_adjusted_over_the_column(made: StudyPaths) -> None:
     wanted = stats.ttest_rel(ACCURACY["fedepth"], ACCURACY["fedavg_ft"]).pvalue
     assert row(made, "fedepth")["accuracy_p"] == pytest.approx(wanted) and wanted < 0.01
-    assert row(made, "fedavg_ft")["accuracy_p"] is None and table.p_value([0.3]) is None
-    assert table.holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
-    assert table.holm([0.6, 0.7]) == [1.0, 1.0] and table.p_value([0.2, 0.2]) == 0.0
+    assert row(made, "fedavg_ft")["accuracy_p"] is None and p_value([0.3]) is None
+    assert holm([0.01, 0.04, None, 0.03]) == pytest.approx([0.03, 0.06, None, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and p_value([0.2, 0.2]) == 0.0
 
 
 ANCHORS = {"above": "fedepth", "below": "fedavg_ft"}
@@ -316,7 +317,9 @@ def test_a_table_says_whether_its_anchors_hold(tmp_path: Path) -> None:
         "This table is void: fedavg_ft is not more than two standard errors above fedepth; fedavg_ft is more than two"
         " standard errors below fedepth."
     )
-    assert said(tmp_path, [0], anchors=ANCHORS)[0].startswith("This table is void"), "one seed shows nothing"
+    (one,) = said(tmp_path, [0], anchors={**ANCHORS, "others": ["fedepth"]})
+    assert one.startswith("This table is void"), "one seed shows nothing"
+    assert one.endswith("; fedepth has no two seeds in common with fedavg_ft.")
 
 
 def test_a_claim_is_tested_beside_what_was_published(tmp_path: Path) -> None:

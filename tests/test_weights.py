@@ -38,20 +38,15 @@ def vit(seed: int, classes: int = 5) -> tuple[Chain, Tensors]:
     return chain, {f"model/{n}": t.clone() for n, t in chain.state_dict().items()}
 
 
+TIMM = {"norm1": "norm1", "attn.qkv": "qkv", "attn.proj": "proj", "norm2": "norm2", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
+TIMM_AROUND = {"patch_embed.proj": "stem.proj", "norm": "head.norm", "head": "head.linear"}
+
+
 def timm(own: Tensors) -> Tensors:
     out = {"cls_token": own["model/stem.token"], "pos_embed": own["model/stem.positions"]}
-    for kind in ("weight", "bias"):
-        out[f"patch_embed.proj.{kind}"] = own[f"model/stem.proj.{kind}"]
-        for k in range(DEPTH):
-            out[f"blocks.{k}.norm1.{kind}"] = own[f"model/b{k + 1}.norm1.{kind}"]
-            out[f"blocks.{k}.attn.qkv.{kind}"] = own[f"model/b{k + 1}.qkv.{kind}"]
-            out[f"blocks.{k}.attn.proj.{kind}"] = own[f"model/b{k + 1}.proj.{kind}"]
-            out[f"blocks.{k}.norm2.{kind}"] = own[f"model/b{k + 1}.norm2.{kind}"]
-            out[f"blocks.{k}.mlp.fc1.{kind}"] = own[f"model/b{k + 1}.fc1.{kind}"]
-            out[f"blocks.{k}.mlp.fc2.{kind}"] = own[f"model/b{k + 1}.fc2.{kind}"]
-        out[f"norm.{kind}"] = own[f"model/head.norm.{kind}"]
-        out[f"head.{kind}"] = own[f"model/head.linear.{kind}"]
-    return out
+    names = TIMM_AROUND | {f"blocks.{k}.{n}": f"b{k + 1}.{mine}" for k in range(DEPTH) for n, mine in TIMM.items()}
+    kinds = ("weight", "bias")
+    return out | {f"{n}.{kind}": own[f"model/{mine}.{kind}"] for n, mine in names.items() for kind in kinds}
 
 
 def transformers(own: Tensors, vit: str = "vit.") -> Tensors:

@@ -92,10 +92,9 @@ class Chooser:
         again is looked for unit by unit here; `fitted` looks at ranges, too. skip: so many first units are in no block.
         """
         units, room = self.units[skip:], limit
+        # a budget may be just what the whole needs, which costs only come near
         if limit < self.least(units, build, limit, units) <= limit * NEAR:
-            whole = self.fitted(
-                build([units]), limit
-            )  # a budget may be just what the whole needs, which costs only near
+            whole = self.fitted(build([units]), limit)
             if isinstance(whole, Plan):
                 return whole
         found: Plan | int = limit + 1

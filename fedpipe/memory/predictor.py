@@ -75,7 +75,7 @@ class Predictor:
             return {"x": x, "y": torch.zeros(size, dtype=torch.long, device=rt.device), "w": w}
 
         rt.chain(plan)  # built before the trace, of real values
-        received = rt.received(rt.filled(plan, rt.ctx(client=0)), rt.state0)
+        received = rt.received(rt.filled(plan), rt.state0)
         spans: list[Span] = []
 
         @contextmanager

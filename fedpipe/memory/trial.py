@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def tried(rt: "Runtime", plan: Plan, rows: Tensor) -> list[Peak]:
     """The peak of each phase, of a client whose batches all are `rows` [n] of the data; nothing is kept."""
-    client = rt.client(rt.ctx(client=0), rt.received(rt.filled(plan, rt.ctx(client=0)), rt.state0), rows)
+    client = rt.client(rt.ctx(client=0), rt.received(rt.filled(plan), rt.state0), rows)
     client.batches = lambda phase, index: [rows.numpy()] * STEPS
     peaks: list[Peak] = []
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedpipe.context import Ctx
 from fedpipe.loop.client import default_begin
-from fedpipe.models.chain import Chain
 from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors
 
@@ -40,13 +39,9 @@ def begin(at: Tensors, ctx: Ctx) -> Tensors:
     return {**model, "tmp/pull": next(iter(model.values())).new_full((), pull)}
 
 
-def ends(chain: Chain | None) -> list[str]:
-    assert chain is not None
-    return [*chain.heads, chain.names[-2]]
-
-
 def loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
-    outputs, changed = ctx.exits(at, batch["x"], ends(ctx.chain))
+    assert ctx.chain is not None
+    outputs, changed = ctx.exits(at, batch["x"], ctx.chain.ends)
     value = torch.stack([ctx.task(z, batch) for z in outputs]).sum()
     if ctx.h["distil"] and len(outputs) > 1:
         logs = [z.log_softmax(-1) for z in outputs]
@@ -57,7 +52,8 @@ def loss(at: Tensors, batch: Batch, ctx: Ctx) -> tuple[Tensor, Tensors]:
 
 
 def predict(at: Tensors, batch: Batch, ctx: Ctx) -> Tensors:
-    outputs, _ = ctx.exits(at, batch["x"], ends(ctx.chain), "in/model/")
+    assert ctx.chain is not None
+    outputs, _ = ctx.exits(at, batch["x"], ctx.chain.ends, "in/model/")
     return {"global": torch.stack(outputs).mean(0)}
 
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 
 from fedpipe.context import Ctx
-from fedpipe.methods.depthfl import ends
 from fedpipe.planning import PlanCtx
 from fedpipe.types import Method, Phase, Plan, Tensors, Update, under
 
@@ -30,7 +29,7 @@ def plan(ctx: PlanCtx) -> Plan | None:
 def init(model: Tensors, ctx: Ctx) -> Tensors:
     """What the larger size brought, by the size that learns from it; nothing yet."""
     assert ctx.chain is not None
-    last = {f"server/{s}/{n}": t for s, u in enumerate(ends(ctx.chain)[:-1])
+    last = {f"server/{s}/{n}": t for s, u in enumerate(ctx.chain.ends[:-1])
             for n, t in under(model, f"model/{u}.").items()}  # fmt: skip
     sizes = {f"server/known/{s}": torch.zeros(()) for s in range(ctx.h["sizes"] - 1)}
     return {**model, **{n: torch.zeros_like(t) for n, t in last.items()}, **sizes}
@@ -38,7 +37,7 @@ def init(model: Tensors, ctx: Ctx) -> Tensors:
 
 def aggregate(state: Tensors, updates: Iterable[Update], ctx: Ctx) -> Tensors:
     assert ctx.chain is not None
-    chain, beta, marks = ctx.chain, ctx.h["beta"], ends(ctx.chain)
+    chain, beta, marks = ctx.chain, ctx.h["beta"], ctx.chain.ends
     heads = [chain.head_of(u) for u in marks]
     sums = [dict[str, torch.Tensor]() for _ in marks]
     weights = [0.0] * len(marks)

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import torch
 
 from fedpipe.context import Ctx
-from fedpipe.methods.depthfl import ends
 from fedpipe.planning import PlanCtx
 from fedpipe.types import Batch, Method, Phase, Plan, Tensors, Update
 
@@ -40,12 +39,14 @@ def init(model: Tensors, ctx: Ctx) -> Tensors:
 
 def aggregate(state: Tensors, updates: Iterable[Update], ctx: Ctx) -> Tensors:
     """The mean, and the last part it has been trained with."""
-    now, _ = stage(ctx.round, ctx.rounds, len(ends(ctx.chain)))
+    assert ctx.chain is not None
+    now, _ = stage(ctx.round, ctx.rounds, len(ctx.chain.ends))
     return {**ctx.mean(state, updates), "server/stage": torch.tensor(now)}
 
 
 def predict(at: Tensors, batch: Batch, ctx: Ctx) -> Tensors:
-    now = ends(ctx.chain)[int(at["in/server/stage"])]
+    assert ctx.chain is not None
+    now = ctx.chain.ends[int(at["in/server/stage"])]
     (z,), _ = ctx.exits(at, batch["x"], [now], "in/model/")
     return {"global": z}
 

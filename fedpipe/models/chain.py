@@ -118,6 +118,11 @@ class Chain(nn.Module):
         return out
 
     @property
+    def ends(self) -> tuple[str, ...]:
+        """The units with a head of their own behind them, and the last, in order."""
+        return tuple(u for u in self.names[1:-1] if u in self.heads or u == self.names[-2])
+
+    @property
     def alike(self) -> tuple[tuple[str, ...], ...]:
         """Units in order, those together that follow each other and have tensors of the same names and shapes."""
         kinds = {n: [(k, t.shape) for k, t in self.get_submodule(n).state_dict().items()] for n in self.names[1:-1]}

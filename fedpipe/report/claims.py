@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from math import sqrt
 from statistics import fmean, stdev
 
-from scipy.special import stdtrit
-
 from fedpipe.config import Study
+from fedpipe.report.intervals import interval
 from fedpipe.report.results import Row
 
 Scores = dict[str, dict[int, float]]  # accuracy in points, by label and seed
@@ -37,8 +36,12 @@ def _anchors(study: Study, scores: Scores) -> Iterator[str]:
     wrong = []
     if not _above(_pairs(scores, a.above, a.below)):
         wrong.append(f"{a.above} is not more than two standard errors above {a.below}")
-    wrong += [f"{o} is more than two standard errors below {a.below}"
-              for o in a.others if _above(_pairs(scores, a.below, o))]  # fmt: skip
+    for other in a.others:
+        pairs = _pairs(scores, a.below, other)
+        if len(pairs) < 2:
+            wrong.append(f"{other} has no two seeds in common with {a.below}")
+        elif _above(pairs):
+            wrong.append(f"{other} is more than two standard errors below {a.below}")
     if wrong:
         yield f"This table is void: {'; '.join(wrong)}."
     else:
@@ -55,9 +58,8 @@ def _claims(study: Study, scores: Scores) -> Iterator[str]:
             yield f"{claim.method} against {', '.join(claim.against)}: not measured. Published: {claim.published}."
             continue
         found = f"{fmean(pairs):+.2f} points"
-        if len(pairs) > 1:
-            half = float(stdtrit(len(pairs) - 1, 0.975)) * stdev(pairs) / sqrt(len(pairs))
-            low, high = fmean(pairs) - half, fmean(pairs) + half
+        d = interval(pairs)
+        if (low := d["low"]) is not None and (high := d["high"]) is not None:
             told = "the interval excludes 0" if low > 0 or high < 0 else "no difference is shown"
             found += f" [{low:+.2f}, {high:+.2f}], {told}"
         of = f", the best of {', '.join(claim.against)}" if len(claim.against) > 1 else ""

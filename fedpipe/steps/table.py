@@ -1,13 +1,11 @@
 """Step `table`: the runs of a study as one row per method setting, with intervals over seeds, and their figures."""
 
 from collections.abc import Sequence
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
-from scipy.special import stdtr, stdtrit
 
 from fedpipe import arrow
 from fedpipe.config import Study
@@ -15,6 +13,7 @@ from fedpipe.errors import FedpipeError
 from fedpipe.io import checksum, write_table, write_text
 from fedpipe.report import cells, figures
 from fedpipe.report.claims import remarks
+from fedpipe.report.intervals import holm, interval, p_value
 from fedpipe.report.results import Row, RunResults, load_all
 from fedpipe.report.summaries import BYTES, client_accuracies, curves, observed, summary
 from fedpipe.steps import measured, provenance
@@ -24,33 +23,6 @@ SCORES = ("accuracy", "loss", "client_accuracy", "client_spread", "personal_accu
 AMOUNTS = (*BYTES, "steps", "clients", "taking_part", "left_out", "rounds", "platforms", "idle_rounds",
            "failed_updates", "lost_updates")  # fmt: skip
 SOME = ("rounds_to_target", "bytes_to_target", "over_budget")  # of the runs that reached it, or have budgets
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, standard deviation (n - 1) and the 95 % t-interval of the mean; null where too few values give none."""
-    mean = fmean(values) if values else None
-    if mean is None or len(values) < 2:
-        return {"mean": mean, "std": None, "low": None, "high": None}
-    spread = stdev(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * spread / sqrt(len(values))
-    return {"mean": mean, "std": spread, "low": mean - half, "high": mean + half}
-
-
-def p_value(pairs: Sequence[float]) -> float | None:
-    """Two-sided p of the paired t-test that the mean of differences is 0; null for fewer than two."""
-    if len(pairs) < 2:
-        return None
-    spread = stdev(pairs) / sqrt(len(pairs))
-    return 2 * float(stdtr(len(pairs) - 1, -abs(fmean(pairs)) / spread)) if spread else float(not fmean(pairs))
-
-
-def holm(values: list[float | None]) -> list[float | None]:
-    """Holm's adjustment of the p values of one column, 1979: together they err with no more than their bound."""
-    order = sorted((p, i) for i, p in enumerate(values) if p is not None)
-    out, worst = list(values), 0.0
-    for k, (p, i) in enumerate(order):
-        out[i] = worst = max(worst, min(1.0, p * (len(order) - k)))
-    return out
 
 
 def _known(rows: list[Row], column: str) -> dict[int, float]:
